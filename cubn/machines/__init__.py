@@ -1,0 +1,138 @@
+"""The seam between the interface and what computes: six entry points, the same on every machine.
+
+A *machine* is a module with the functions of `Machine` below.  Everything above it (checks, running
+statistics, synchronisation) is written once; everything below it sees one form of input only:
+
+* ``x``, ``dy``, ``residual``, ``out`` and ``where`` have the shape (outer, channels, inner), the
+  *canonical form* of `cubn.layout`, with any strides; ``where`` is boolean;
+* ``mean`` and ``rstd`` have the shape (channels,) and are as wide as the machine's own `moments` or
+  `forward` gave them, or float64 where they came from the caller;
+* ``gamma`` and ``beta`` have the shape (channels,) and the statistics' dtype, or are None;
+* ``out`` is memory to write the result into, or None: then the machine allocates.  `out` may be the
+  very same memory as an input of the same call (inference in place), never a shifted part of it;
+* nothing is left to check, any size may be 0, and no input is ever written to.
+
+`active` is what a machine keeps to know where ReLU let the gradient pass when it cannot be computed again
+from x alone (with a residual).  Its form is the machine's own business.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from cubn.moments import Moments
+from cubn.namespace import Array
+from cubn.problem import Problem
+
+
+class Forward(NamedTuple):
+    """What the fused forward pass of a machine returns."""
+
+    y: Array
+    moments: Moments
+    rstd: Array
+    active: Any
+
+
+class GradientSums(NamedTuple):
+    """The two sums over a channel that its gradients need, both of shape (channels,)."""
+
+    dy: Array
+    dy_xhat: Array
+
+
+class Backward(NamedTuple):
+    """What the fused backward pass of a machine returns."""
+
+    dx: Array
+    dresidual: Array | None
+    sums: GradientSums
+
+
+class Machine(Protocol):
+    """The four verbs and two fusions of batch normalisation.
+
+    With a = gamma * rstd, xhat = (x - mean) * rstd and M the count of a channel:
+
+        normalize        y  = act(a * (x - mean) + beta + residual)
+        gradient_sums    s0 = sum dz,  s1 = sum dz * xhat,  where dz = dy wherever act let it pass, else 0
+        input_gradient   dx = a * (dz - s0 / M - xhat * s1 / M),  or a * dz when `sums` is None
+    """
+
+    name: str
+
+    def moments(self, problem: Problem, x: Array, where: Array | None = None) -> Moments:
+        """Count, mean and sum of squared distances per channel, over the samples that `where` admits."""
+
+    def normalize(
+        self,
+        problem: Problem,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, Any]:
+        """Return y, and `active` where there is both a residual and an activation (else None)."""
+
+    def gradient_sums(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        where: Array | None = None,
+        active: Any = None,
+    ) -> GradientSums:
+        """Return the sums of dz and of dz * xhat over each channel."""
+
+    def input_gradient(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        count: Any,
+        sums: GradientSums | None,
+        where: Array | None = None,
+        active: Any = None,
+        residual: bool = False,
+        out: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Return dx, and dz as the gradient of the residual when `residual` asks for it (else None)."""
+
+    def forward(
+        self,
+        problem: Problem,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+    ) -> Forward:
+        """`moments` and `normalize` in one, for statistics that need nobody else's samples."""
+
+    def backward(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        count: Any,
+        where: Array | None = None,
+        active: Any = None,
+        residual: bool = False,
+        out: Array | None = None,
+    ) -> Backward:
+        """`gradient_sums` and `input_gradient` in one; `count` None means the statistics are constants."""
