@@ -93,10 +93,11 @@ class Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         dtype = self.dtype if self.dtype is not None else other.dtype
-        if is_static_count(other.count) and other.count == 0:
-            return self
-        if is_static_count(self.count) and self.count == 0:
+        empty, adds_nothing = (is_static_count(m.count) and m.count == 0 for m in (self, other))
+        if empty and (not adds_nothing or type(self._mean) is float):  # EMPTY knows no channels, another may
             return other
+        if adds_nothing:
+            return self
         if not (is_static_count(self.count) and is_static_count(other.count)):
             return _union_per_channel(self, other, dtype)
         count = self.count + other.count
@@ -148,7 +149,9 @@ def _union_per_channel(p: Moments, q: Moments, dtype: Any) -> Moments:
     """The union where the counts differ from channel to channel; an empty side adds nothing, exactly."""
     values = p.wide_mean
     xp = namespace_of(values)
-    counts = [xp.full_like(values, m.count, dtype=integer_dtype(xp)) if is_static_count(m.count) else m.count for m in (p, q)]
+    counts = [
+        xp.full_like(values, m.count, dtype=integer_dtype(xp)) if is_static_count(m.count) else m.count for m in (p, q)
+    ]
     p_count, q_count = (xp.astype(count, values.dtype) for count in counts)
     total = p_count + q_count
     share = q_count / xp.where(total > 0, total, xp.ones_like(total))

@@ -106,9 +106,9 @@ def namespace_of(x: Array) -> Any:
 def adopt(x: Any, name: str = "x") -> tuple[Array, Library]:
     """An array as it is, anything else as NumPy takes it."""
     if isinstance(x, np.ma.MaskedArray):
-        remedy = f"{name}.data"
-        if name == "x":
-            remedy += " together with where=~numpy.ma.getmaskarray(x)"
+        remedy = "x.data together with where=~numpy.ma.getmaskarray(x)"
+        if name != "x":
+            remedy = f"{name}.filled(value) or {name}.data"
         raise DTypeError(f"{name} is a numpy.ma.MaskedArray, but its mask would be ignored; pass {remedy}.")
     if not is_array(x):
         x = np.asarray(x)

@@ -92,8 +92,10 @@ def batch_norm(
     aligned = tuple(x.shape[axis] if axis in kept else 1 for axis in range(x.ndim))
 
     def channel(values: np.ndarray | None, default: float) -> np.ndarray:
-        return np.asarray(default if values is None else values).astype(EXTENDED).reshape(
-            (1,) * x.ndim if values is None else aligned
+        return (
+            np.asarray(default if values is None else values)
+            .astype(EXTENDED)
+            .reshape((1,) * x.ndim if values is None else aligned)
         )
 
     admitted = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)

@@ -35,7 +35,7 @@ def away_from_the_kink(operands, run, seed):
             if name != "gamma":
                 values[...] = rng.normal(size=values.shape)
         y = run(operands)
-        if not ((0 < np.abs(y)) & (np.abs(y) < 100 * STEP)).any():
+        if not ((np.abs(y) > 0) & (np.abs(y) < 100 * STEP)).any():
             return
 
 

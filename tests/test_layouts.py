@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubn
+from cubn.problem import pose
 
 SHAPES = {1: (7,), 2: (6, 5), 3: (4, 3, 5), 4: (3, 4, 2, 3), 5: (2, 3, 2, 1, 3)}
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -59,7 +60,7 @@ def build(shape, kept, dtype, option, seed):
     rng = np.random.default_rng(seed)
     per_channel = tuple(shape[axis] for axis in kept)
     statistics = STATISTICS[np.dtype(dtype).name]
-    operands = {
+    return {
         "x": (rng.normal(1.5, 2.0, shape)).astype(dtype),
         "dy": rng.normal(0.0, 1.0, shape).astype(dtype),
         "gamma": rng.uniform(0.5, 2.0, per_channel).astype(statistics) if option.get("affine") else None,
@@ -67,7 +68,6 @@ def build(shape, kept, dtype, option, seed):
         "residual": rng.normal(0.0, 1.0, shape).astype(dtype) if option.get("residual") else None,
         "where": rng.random(shape) < 0.7 if option.get("where") else None,
     }
-    return operands
 
 
 def spelled(kept, rank, number):
@@ -151,9 +151,7 @@ def test_inference_is_exact_in_every_layout_and_takes_single_samples(machine, ra
             "residual": operands["residual"], "where": operands["where"],
         }  # fmt: skip
         y = cubn.batch_norm_inference(x, mean, var, operands["gamma"], operands["beta"], **options)
-        grads = cubn.batch_norm_inference_backward(
-            dy, x, mean, var, operands["gamma"], operands["beta"], **options
-        )
+        grads = cubn.batch_norm_inference_backward(dy, x, mean, var, operands["gamma"], operands["beta"], **options)
         exact = oracle.batch_norm(
             operands["x"], operands["gamma"], operands["beta"], channel_axis=kept,
             activation=option.get("activation"), residual=operands["residual"], where=operands["where"],
@@ -262,3 +260,41 @@ def test_inference_and_moments_take_arrays_of_no_elements(machine, shape):
     found = cubn.moments(x)
     assert found.count == (x.size // shape[1] if shape[1] else shape[0])
     np.testing.assert_array_equal(found.mean, np.zeros(shape[1]))
+
+
+FORMS = {
+    "(N, C, H, W)": (arrays.c_order, (4, 3, 5, 6), 1, (4, 3, 30)),
+    "channels-last memory": (arrays.channels_last, (4, 3, 5, 6), 1, (120, 3, 1)),
+    "(N, H, W, C)": (arrays.c_order, (4, 5, 6, 3), -1, (120, 3, 1)),
+    "(N, D)": (arrays.c_order, (4, 3), 1, (4, 3, 1)),
+    "per activation": (arrays.c_order, (4, 3, 5, 6), (1, 2, 3), (4, 90, 1)),
+    "per location": (arrays.c_order, (4, 3, 5, 6), (2, 3), (12, 30, 1)),
+    "Fortran order": (arrays.fortran_order, (4, 3, 5, 6), 1, (30, 3, 4)),
+    "one channel": (arrays.c_order, (4, 3, 5), (), (1, 1, 60)),
+    "a kept axis of size 1": (arrays.c_order, (4, 1, 5), 1, (1, 1, 20)),
+    "backwards": (arrays.backwards, (4, 3, 5, 6), 1, (4, 3, 30)),
+    "a cut along N and C": (lambda v, kept: np.zeros((9, 8, 5, 6), v.dtype)[2:6, 1:4], (4, 3, 5, 6), 1, (4, 3, 30)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_canonical_forms_are_views_of_the_documented_sizes(form):
+    layout, shape, axis, sizes = FORMS[form]
+    kept = axis if isinstance(axis, tuple) else (axis % len(shape),)
+    x = layout(np.zeros(shape, "float32"), kept)
+    found, call = pose(x, channel_axis=axis)
+    assert (call.layout.outer, call.layout.channels, call.layout.inner) == sizes
+    assert call.layout.in_place
+    assert np.shares_memory(call.canonical(found), x)
+
+
+@pytest.mark.parametrize(
+    ("layout", "axis"), [(arrays.every_second, 1), (arrays.half_backwards, 1), (arrays.c_order, (0, 2))]
+)
+def test_what_has_no_such_view_is_copied_once(layout, axis):
+    x = layout(np.zeros((4, 3, 5, 6), "float32"), (1,))
+    found, call = pose(x, channel_axis=axis)
+    assert not call.layout.in_place
+    copy = call.canonical(found)
+    assert not np.shares_memory(copy, x)
+    assert copy.flags.c_contiguous

@@ -42,9 +42,7 @@ def make(request):
 def strictest():
     """array_api_strict with everything optional switched off."""
     strict = pytest.importorskip("array_api_strict", reason="array_api_strict is not installed")
-    with strict.ArrayAPIStrictFlags(
-        boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
-    ):
+    with strict.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()):
         yield strict
 
 
@@ -92,15 +90,14 @@ def check_interface(make, channel_axis):
     for name, value, wanted in (
         ("y", y, exact.y), ("dx", grads.dx, exact.dx), ("dgamma", grads.dgamma, exact.dgamma),
         ("dbeta", grads.dbeta, exact.dbeta), ("dresidual", grads.dresidual, exact.dresidual),
-        ("mean", saved.moments.mean, exact.mean), ("var", saved.moments.var, exact.var), ("rstd", saved.rstd, exact.rstd),
+        ("mean", saved.moments.mean, exact.mean), ("var", saved.moments.var, exact.var),
+        ("rstd", saved.rstd, exact.rstd),
     ):  # fmt: skip
         assert isinstance(value, kind), name
         oracle.assert_within(to_numpy(value), wanted.rounded_to("float32"), name)
 
     mean, var = rng.normal(size=channels).astype("float32"), rng.uniform(0.5, 2, channels).astype("float32")
-    z = cubn.batch_norm_inference(
-        make(x), make(mean), make(var), make(gamma), make(beta), channel_axis=channel_axis
-    )
+    z = cubn.batch_norm_inference(make(x), make(mean), make(var), make(gamma), make(beta), channel_axis=channel_axis)
     wanted = oracle.batch_norm(
         x, gamma, beta, channel_axis=channel_axis, statistics=(mean, var), roundoff=roundoff(make)
     )
@@ -181,7 +178,9 @@ def test_jax_compiles_and_differentiates_the_reference():
     def loss(x, gamma, beta):
         return (cubn.batch_norm(x, gamma, beta)[0] * dy).sum()
 
-    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x_jax := jax.numpy.asarray(x), *map(jax.numpy.asarray, (gamma, beta)))
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
+        x_jax := jax.numpy.asarray(x), *map(jax.numpy.asarray, (gamma, beta))
+    )
     exact = oracle.batch_norm(x, gamma, beta, dy=dy, roundoff=2.0**-24)
     for value, wanted in zip(found, (exact.dx, exact.dgamma, exact.dbeta), strict=True):
         widened = oracle.Exact(wanted.value, 8 * wanted.bound)  # autodiff's own sums, in float32

@@ -99,3 +99,11 @@ def test_missing_kernels_are_named(monkeypatch, tmp_path):
             source.kernel_folder()
     finally:
         source.kernel_folder.cache_clear()
+
+
+def test_the_readmes_code_prints_what_it_says():
+    import doctest
+
+    outcome = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert outcome.attempted >= 8
+    assert outcome.failed == 0

@@ -128,6 +128,14 @@ def test_relu_passes_nan_through(machine):
     assert not np.isnan(z[1:]).any()
 
 
+def test_relu_stops_the_gradient_at_exactly_zero(machine):
+    """A constant channel with beta = 0 lies on the kink, where the derivative is taken as 0, as PyTorch does."""
+    x = np.full((6, 2), 0.1, "float32")
+    _, saved = cubn.batch_norm(x, np.ones(2, "float32"), np.array([0, 1], "float32"), activation="relu")
+    grads = cubn.batch_norm_backward(np.ones_like(x), saved)
+    np.testing.assert_array_equal(grads.dbeta, [0, 6])
+
+
 def test_nan_behind_the_mask_harms_nothing(machine):
     """y and dx are 0 there, and everything else has the bits of any other number behind the mask."""
     rng = np.random.default_rng(6)
@@ -203,7 +211,7 @@ def test_scale_and_shift_of_the_input_change_nothing(machine):
 def test_channels_last_on_the_transposed_array_is_the_transposed_result(machine, name):
     """The same numbers whichever axis holds the channels.  Sums may be taken in another order, hence the bound."""
     x, dy = np.random.default_rng(10).normal(2, 3, (2, 6, 5, 4, 3)).astype(name)
-    y, saved = cubn.batch_norm(x)
+    y, _ = cubn.batch_norm(x)
     moved, saved_moved = cubn.batch_norm(np.moveaxis(x, 1, -1).copy(), channel_axis=-1)
     exact = oracle.batch_norm(x, dy=dy)
     oracle.assert_within(np.moveaxis(moved, -1, 1), exact.y.rounded_to(name))
