@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn.dispatch import machine_for
+from cubn.machines import Backward
 from cubn.moments import Moments, reciprocal_std
 from cubn.namespace import Array, is_static_count, widest_float
-from cubn.problem import Call, pose, require_training_samples
+from cubn.problem import Call, Problem, pose, require_training_samples
 from cubn.sync import Sync, gather_moments, gather_sums
 
 
@@ -259,10 +260,10 @@ def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, ou
     problem, count = call.problem, operands.count
     x, mean, rstd, gamma, beta = operands[:5]
     where, active = operands.where, operands.active
-    wants_dresidual = operands.has_residual and (problem.activation is not None or where is not None)
+    wants_dresidual = operands.has_residual and _changes_gradient(problem, where)
     with np.errstate(all="ignore"):
         if sync is None:
-            dx, dresidual, sums = machine.backward(
+            found = machine.backward(
                 problem, dy_c, x, mean, rstd, gamma, beta, count, where, active, wants_dresidual, view
             )
         else:
@@ -271,13 +272,12 @@ def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, ou
             dx, dresidual = machine.input_gradient(
                 problem, dy_c, x, mean, rstd, gamma, beta, count, total, where, active, wants_dresidual, view
             )
-    if operands.has_residual:
-        dresidual = dy if dresidual is None else call.layout.restore(dresidual, call.library.xp)
+            found = Backward(dx, dresidual, sums)
     return Gradients(
-        call.deliver(dx, target, view),
-        None if gamma is None else call.user_channels(sums.dy_xhat),
-        None if beta is None else call.user_channels(sums.dy),
-        dresidual,
+        call.deliver(found.dx, target, view),
+        None if gamma is None else call.user_channels(found.sums.dy_xhat),
+        None if beta is None else call.user_channels(found.sums.dy),
+        _residual_gradient(call, dy, found.dresidual) if operands.has_residual else None,
     )
 
 
@@ -412,17 +412,15 @@ def batch_norm_inference_backward(
         active = None
         if residual_c is not None and activation is not None:
             _, active = machine.normalize(problem, x_c, mean_c, rstd_c, gamma_c, beta_c, residual_c)
-        wants_dresidual = residual is not None and (activation is not None or where is not None)
-        dx, dresidual, sums = machine.backward(
+        wants_dresidual = residual is not None and _changes_gradient(problem, where)
+        found = machine.backward(
             problem, dy_c, x_c, mean_c, rstd_c, gamma_c, beta_c, None, where_c, active, wants_dresidual, view
         )
-    if residual is not None:
-        dresidual = dy if dresidual is None else call.layout.restore(dresidual, call.library.xp)
     return Gradients(
-        call.deliver(dx, target, view),
-        None if gamma is None else call.user_channels(sums.dy_xhat),
-        None if beta is None else call.user_channels(sums.dy),
-        dresidual,
+        call.deliver(found.dx, target, view),
+        None if gamma is None else call.user_channels(found.sums.dy_xhat),
+        None if beta is None else call.user_channels(found.sums.dy),
+        None if residual is None else _residual_gradient(call, dy, found.dresidual),
     )
 
 
@@ -490,6 +488,15 @@ def _constants(call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
         )
     with np.errstate(all="ignore"):
         return xp.astype(mean_c, wide), reciprocal_std(xp.astype(var_c, wide), call.problem.eps)
+
+
+def _changes_gradient(problem: Problem, where: Array | None) -> bool:
+    """True if the gradient before the activation is not dy itself."""
+    return problem.activation is not None or where is not None
+
+
+def _residual_gradient(call: Call, dy: Array, dresidual: Array | None) -> Array:
+    return dy if dresidual is None else call.layout.restore(dresidual, call.library.xp)
 
 
 def _same(out: Array, other: Array | None) -> bool:
