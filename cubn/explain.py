@@ -29,6 +29,15 @@ class Explanation:
         Shape of gamma, beta, mean and var.
     learned, tracked : int
         Numbers in gamma and beta, and in the running mean and variance.
+
+    Examples
+    --------
+    >>> import cubn
+    >>> per_map, per_activation = cubn.explain((8, 3, 4)), cubn.explain((8, 3, 4), channel_axis=(1, 2))
+    >>> per_map.samples_per_channel, per_activation.samples_per_channel
+    (32, 8)
+    >>> per_map.numpy
+    'mean = x.mean(axis=(0, 2), keepdims=True); var = x.var(axis=(0, 2), keepdims=True)'
     """
 
     shape: tuple[int, ...]

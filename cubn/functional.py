@@ -23,6 +23,14 @@ class Gradients(NamedTuple):
     dgamma, dbeta : array of the shape of gamma, or None
         In the statistics' dtype.
     dresidual : array like x, or None
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> y, saved = cubn.batch_norm(np.array([[1.0], [3.0]]))
+    >>> dx, dgamma, dbeta, dresidual = cubn.batch_norm_backward(np.ones((2, 1)), saved)
+    >>> dx.tolist(), dgamma, dresidual     # a shift of all samples changes no y, and there was no gamma
+    ([[0.0], [0.0]], None, None)
     """
 
     dx: Array
@@ -43,6 +51,14 @@ class Saved:
         Of the batch; of all ranks together where `sync` was given.
     rstd : array (C,)
         (var + eps) ** -1/2, in the statistics' dtype.
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> x = np.array([[1.0], [5.0]])
+    >>> y, saved = cubn.batch_norm(x, eps=0.0)
+    >>> saved.x is x, saved.moments.mean, saved.rstd
+    (True, array([3.]), array([0.5]))
     """
 
     x: Array
@@ -72,6 +88,7 @@ class Operands(NamedTuple):
     where: Array | None
     active: Any
     has_residual: bool
+    ranks: int | None
 
 
 def batch_norm(
@@ -195,7 +212,10 @@ def training_forward(
             result, active = machine.normalize(
                 problem, x_c, batch.wide_mean, rstd, gamma_c, beta_c, residual_c, where_c, view
             )
-    operands = Operands(x_c, batch.wide_mean, rstd, gamma_c, beta_c, batch.count, where_c, active, residual is not None)
+    operands = Operands(
+        x_c, batch.wide_mean, rstd, gamma_c, beta_c, batch.count, where_c, active, residual is not None,
+        None if sync is None else sync.size,
+    )  # fmt: skip
     saved = Saved(x, _for_user(call, batch), call, operands)
     return call.deliver(result, target, view), saved
 
@@ -250,6 +270,12 @@ def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, ou
             f"pass the second value that batch_norm returned."
         )
     call, operands = saved.call, saved.operands
+    if (None if sync is None else sync.size) != operands.ranks:
+        taken_over = "this process alone" if operands.ranks is None else f"{operands.ranks} ranks"
+        raise ValueError(
+            f"sync is {sync!r}, but the forward pass took its statistics over {taken_over}; "
+            f"pass the sync of the forward pass to the backward pass."
+        )
     dy_c = call.values("dy", dy)
     if out is not None:
         call.require_out(
@@ -411,7 +437,7 @@ def batch_norm_inference_backward(
     with np.errstate(all="ignore"):
         active = None
         if residual_c is not None and activation is not None:
-            _, active = machine.normalize(problem, x_c, mean_c, rstd_c, gamma_c, beta_c, residual_c)
+            _, active = machine.normalize(problem, x_c, mean_c, rstd_c, gamma_c, beta_c, residual_c, where_c)
         wants_dresidual = residual is not None and _changes_gradient(problem, where)
         found = machine.backward(
             problem, dy_c, x_c, mean_c, rstd_c, gamma_c, beta_c, None, where_c, active, wants_dresidual, view

@@ -19,7 +19,7 @@ from cubn.functional import (
     training_forward,
 )
 from cubn.layout import is_integer
-from cubn.namespace import Array, dtype_name, is_array, library_of, namespace
+from cubn.namespace import Array, dtype_name, is_array, library_of, may_overlap, namespace
 from cubn.problem import ACTIVATIONS, require_eps
 from cubn.state import RunningStatistics, require_momentum
 from cubn.sync import Sync
@@ -213,7 +213,8 @@ class BatchNorm:
             x, constant.running.mean, constant.running.var, self.gamma, self.beta, channel_axis=self.channel_axis,
             eps=self.eps, activation=self.activation, residual=residual, where=where, out=out,
         )  # fmt: skip
-        self._saved = constant
+        written_over = out is not None and any(may_overlap(out, a) for a in (x, residual) if a is not None)
+        self._saved = None if written_over else constant
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -233,12 +234,13 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If the layer has not been called yet.
+            If the layer has not been called yet, or its last call wrote y over x or the residual.
         """
         saved = self._saved
         if saved is None:
             raise RuntimeError(
-                "backward was called before forward, but a gradient is taken at an x; call the layer on x first."
+                "backward was called before forward, or after one that wrote y over its input, but a gradient is "
+                "taken at an x; call the layer on x first."
             )
         if isinstance(saved, Saved):
             grads = batch_norm_backward(dy, saved, sync=self.sync, out=out)
@@ -366,6 +368,13 @@ class BatchNorm:
                 f"pass a file that was not changed since."
             ) from error
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`: all but the last call, whose arrays are its caller's."""
+        return {**vars(self), "_xp": self.device, "_saved": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _xp=namespace(state["_xp"]))
 
     # How it looks
 

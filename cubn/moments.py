@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
+import numpy as np
+
 from cubn.namespace import Array, integer_dtype, is_static_count, namespace_of
 
 
@@ -98,17 +100,18 @@ class Moments:
             return other
         if adds_nothing:
             return self
-        if not (is_static_count(self.count) and is_static_count(other.count)):
-            return _union_per_channel(self, other, dtype)
-        count = self.count + other.count
-        share = other.count / count
-        gap = other._mean - self._mean
-        return Moments(
-            count,
-            self._mean + gap * share,
-            self._m2 + other._m2 + gap * gap * (self.count * share),
-            dtype,
-        )
+        with np.errstate(all="ignore"):  # NaN and infinity are results here, not accidents
+            if not (is_static_count(self.count) and is_static_count(other.count)):
+                return _union_per_channel(self, other, dtype)
+            count = self.count + other.count
+            share = other.count / count
+            gap = other._mean - self._mean
+            return Moments(
+                count,
+                self._mean + gap * share,
+                self._m2 + other._m2 + gap * gap * (self.count * share),
+                dtype,
+            )
 
     def _narrow(self, values: Array) -> Array:
         if self.dtype is None or values.dtype == self.dtype:

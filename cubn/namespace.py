@@ -110,14 +110,16 @@ def adopt(x: Any, name: str = "x") -> tuple[Array, Library]:
         if name != "x":
             remedy = f"{name}.filled(value) or {name}.data"
         raise DTypeError(f"{name} is a numpy.ma.MaskedArray, but its mask would be ignored; pass {remedy}.")
-    if not is_array(x):
-        x = np.asarray(x)
+    if not is_array(x) or (isinstance(x, np.ndarray) and type(x) is not np.ndarray):
+        x = np.asarray(x)  # a subclass may have rules of its own: numpy.matrix never has three axes
     return x, library_of(x)
 
 
 def is_array(x: Any) -> bool:
-    """True for an array of some library, False for lists, scalars and everything else."""
-    return bool(isinstance(x, np.ndarray) or array_api_compat.is_array_api_obj(x))
+    """True for an array of some library, False for lists, scalars (NumPy's too) and everything else."""
+    if isinstance(x, np.ndarray):
+        return True
+    return not isinstance(x, np.generic) and bool(array_api_compat.is_array_api_obj(x))
 
 
 def require_same_library(name: str, array: Array, library: Library, leader: str = "x") -> None:

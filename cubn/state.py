@@ -19,6 +19,14 @@ class RunningStatistics:
         In the unit of x and of x squared.
     num_batches_tracked : int
         How many batches with samples in them have been absorbed.
+
+    Examples
+    --------
+    >>> import numpy as np, cubn
+    >>> running = cubn.RunningStatistics.initial(np, (1,), "float64")
+    >>> running = running.absorb(cubn.moments(np.array([[2.0], [6.0]])), momentum=0.25)
+    >>> running.mean, running.var, running.num_batches_tracked
+    (array([1.]), array([2.75]), 1)
     """
 
     mean: Array
@@ -63,7 +71,7 @@ def _towards(running: Array, batch: Array, weight: float, admitted: Array | None
     moved = (1.0 - weight) * running + weight * xp.astype(batch, running.dtype)
     if admitted is not None:
         moved = xp.where(admitted, moved, running)
-    return moved
+    return xp.asarray(moved)  # NumPy makes a scalar of an array without axes
 
 
 def require_momentum(momentum: Any) -> None:

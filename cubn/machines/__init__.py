@@ -13,7 +13,8 @@ statistics, synchronisation) is written once; everything below it sees one form 
 * nothing is left to check, any size may be 0, and no input is ever written to.
 
 `active` is what a machine keeps to know where ReLU let the gradient pass when it cannot be computed again
-from x alone (with a residual).  Its form is the machine's own business.
+from x alone (with a residual).  Its form is the machine's own business; it is given back together with the
+x and the `where` that it was made with.
 """
 
 from typing import Any, NamedTuple, Protocol
