@@ -321,9 +321,9 @@ def test_ranks_that_agree_hear_of_nothing():
 
 def test_ranks_that_go_back_through_different_layers_all_hear_of_it():
     def one_rank(rank, sync):
-        x = np.random.default_rng(0).normal(size=(4, 3 + rank))
-        _, saved = cubn.batch_norm(x)
-        return cubn.batch_norm_backward(x, saved, sync=sync)
+        layers = [np.random.default_rng(0).normal(size=(4, channels)) for channels in (3, 4)]
+        saved = [cubn.batch_norm(x, sync=sync)[1] for x in layers]
+        return cubn.batch_norm_backward(layers[rank], saved[rank], sync=sync)
 
     assert_all_raise(one_rank, 2, cubn.SyncError, "[6, 8]", "batch_norm_backward", "same layer on all ranks")
 
