@@ -5,6 +5,8 @@
 #   make lint    formatting, lint, types
 #   make book    build the book into book/_build/html
 #   make lab     open the book's chapters as notebooks
+#   make check-book  open every page of the built book in headless Chromium (Debian: chromium, fonts-dejavu-core)
+#   make mutants break the CUDA kernels one place at a time and see the tests notice
 #   make bench   measure, write records, and make tables and plots from them
 #   make clean   remove what the targets above have made
 
@@ -13,7 +15,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.setup
 
-.PHONY: demo test lint book lab bench clean
+.PHONY: demo test lint book check-book lab mutants bench clean
 
 demo: $(SETUP)/demo
 	$(BIN)/python -m cubn demo
@@ -29,6 +31,9 @@ lint: $(SETUP)/dev
 book: $(SETUP)/book
 	$(BIN)/python book/build.py
 
+check-book: book $(SETUP)/browser
+	$(BIN)/python tests/book/check.py book/_build/html --axe book/node_modules/axe-core/axe.min.js
+
 lab: $(SETUP)/book
 	JUPYTER_CONFIG_DIR=book/lab $(BIN)/jupyter lab book
 
@@ -39,8 +44,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One mark per extra, older than pyproject.toml when it has to be installed again.
-$(SETUP)/%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+$(SETUP)/%: pyproject.toml book/constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]' --constraint book/constraints.txt
 	@mkdir -p $(SETUP)
 	@touch $@
 

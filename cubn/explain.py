@@ -132,14 +132,13 @@ class Explanation:
         )
 
     def _rows(self) -> list[tuple[str, str]]:
-        sizes = " * ".join(str(self.shape[axis]) for axis in self.averaged_axes) or "1"
-        kept = " * ".join(str(size) for size in self.parameter_shape) or "1"
+        samples = _product([self.shape[axis] for axis in self.averaged_axes])
         training = "" if self.samples_per_channel > 1 else "  (training needs two at least)"
         return [
             ("averaged over", f"axes {self.averaged_axes} of sizes {tuple(self.shape[a] for a in self.averaged_axes)}"),
             ("kept", f"axes {self.channel_axes}: each index has its own mean, variance, gamma and beta"),
-            ("samples M", f"{sizes} = {self.samples_per_channel} behind each mean and variance{training}"),
-            ("channels C", f"{kept} = {self.channels}"),
+            ("samples M", f"{samples} behind each mean and variance{training}"),
+            ("channels C", _product(self.parameter_shape)),
             ("shapes", f"gamma, beta, mean, var: {self.parameter_shape}"),
             (
                 "numbers",
@@ -205,3 +204,9 @@ def explain(x_or_shape: Any, *, channel_axis: int | Sequence[int] = 1) -> Explan
 
 def _axes(axes: tuple[int, ...]) -> str:
     return str(axes[0]) if len(axes) == 1 else str(axes)
+
+
+def _product(sizes: Sequence[int]) -> str:
+    """The product, and what it is made of if that is more than itself."""
+    factors = " * ".join(map(str, sizes))
+    return f"{factors} = {prod(sizes)}" if len(sizes) > 1 else str(prod(sizes))

@@ -20,8 +20,10 @@ class Gradients(NamedTuple):
     Attributes
     ----------
     dx : array like x
-    dgamma, dbeta : array of the shape of gamma, or None
+    dgamma : array of the shape of gamma, or None
         In the statistics' dtype.
+    dbeta : array of the shape of beta, or None
+        Likewise.
     dresidual : array like x, or None
 
     Examples

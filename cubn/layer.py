@@ -404,7 +404,7 @@ class BatchNorm:
             f"<div><strong>BatchNorm({self.features}, channel_axis={self.channel_axis})</strong> on {self.device}, "
             f"{'training' if self.training else 'evaluation'}<table><thead><tr><th>array</th><th>numbers</th>"
             f"<th>role</th></tr></thead><tbody>{rows}</tbody></table><p>{self._census()}. "
-            f"Running statistics: {convention}; {self.num_batches_tracked} batches so far.</p></div>"
+            f"Running statistics: {convention}; batches so far: {self.num_batches_tracked}.</p></div>"
         )
 
     def _census(self) -> str:

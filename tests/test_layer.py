@@ -416,9 +416,9 @@ class Page(HTMLParser):
 
 
 def test_the_html_says_how_the_running_statistics_move():
-    assert "0.9 · old + 0.1 · batch; 0 batches so far" in Page(cubn.BatchNorm(3)._repr_html_()).text
+    assert "0.9 · old + 0.1 · batch; batches so far: 0" in Page(cubn.BatchNorm(3)._repr_html_()).text
     assert "average over all batches" in Page(cubn.BatchNorm(3, momentum=None)._repr_html_()).text
-    assert "2 batches so far" in Page(trained()._repr_html_()).text
+    assert "batches so far: 2" in Page(trained()._repr_html_()).text
 
 
 @pytest.mark.parametrize(("features", "options", "_"), CENSUSES)
