@@ -25,6 +25,7 @@ from cubn.moments import Moments
 from cubn.namespace import namespace
 from cubn.population import population
 from cubn.state import RunningStatistics
+from cubn.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -53,4 +54,5 @@ __all__ = [
     "namespace",
     "population",
     "sync",
+    "warmup",
 ]

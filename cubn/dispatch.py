@@ -1,5 +1,6 @@
 """Array library -> machine: one table, imported when first needed, no silent fallback."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -7,13 +8,20 @@ from functools import lru_cache
 from importlib import import_module
 from typing import cast
 
+from cubn.errors import PerformanceWarning
 from cubn.machines import Machine
 from cubn.namespace import Library
 
 MACHINES = {
     "reference": "cubn.machines.reference",
+    "cpu": "cubn.machines.cpu",
 }
 """Name of a machine -> the module that is it."""
+
+LIBRARIES = {
+    "numpy": "cpu",
+}
+"""Array library -> the machine that computes on its arrays.  The reference computes on all others."""
 
 _forced: ContextVar[str | None] = ContextVar("cubn_machine", default=None)
 
@@ -21,7 +29,7 @@ _forced: ContextVar[str | None] = ContextVar("cubn_machine", default=None)
 def machine_for(library: Library) -> Machine:
     """The machine that computes on arrays of this library."""
     forced = _forced.get()
-    return _load(forced if forced is not None else "reference")
+    return _machine_of(library.name) if forced is None else _load(forced)
 
 
 @contextmanager
@@ -43,6 +51,25 @@ def use_machine(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@lru_cache(maxsize=64)
+def _machine_of(library: str) -> Machine:
+    name = LIBRARIES.get(library, "reference")
+    if name == "cpu":
+        try:
+            return _load(name)
+        except ImportError as error:
+            if error.name is None or error.name.partition(".")[0] not in ("numba", "llvmlite"):
+                raise
+            warnings.warn(
+                f"NumPy arrays are computed by the reference, many times slower than need be, because Numba is "
+                f"missing ({error}); pip install 'cubn[cpu]'.",
+                PerformanceWarning,
+                stacklevel=4,
+            )
+            name = "reference"
+    return _load(name)
 
 
 @lru_cache(maxsize=8)

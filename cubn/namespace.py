@@ -133,7 +133,14 @@ def require_same_library(name: str, array: Array, library: Library, leader: str 
 
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype of any library: "float32", "bfloat16", "int64", …"""
+    if isinstance(dtype, np.dtype):
+        return _numpy_dtype_name(dtype)
     return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+
+
+@lru_cache(maxsize=256)
+def _numpy_dtype_name(dtype: Any) -> str:
+    return str(dtype.name)  # NumPy makes it anew every time, in a microsecond
 
 
 def widest_float(library: Library) -> Any:

@@ -118,9 +118,18 @@ class Call:
 
     def per_channel(self, name: str, values: Any) -> Array:
         """One number per channel, (channels,) in canonical order and in the statistics' dtype."""
+        layout, wanted = self.layout, self.problem.statistics_dtype
+        if (
+            type(values) is np.ndarray
+            and self.library.is_numpy
+            and len(layout.channel_axes) == 1
+            and values.shape == (self.problem.channels,)
+            and dtype_name(values.dtype) == wanted
+            and _plain(values)
+        ):
+            return values  # what a training loop passes, thousands of times a second
         weak = not is_array(values)
         values = self._of_this_library(name, values)
-        layout, wanted = self.layout, self.problem.statistics_dtype
         if tuple(values.shape) != layout.channel_shape:
             raise ShapeError(_channel_mismatch(name, tuple(values.shape), layout))
         given = dtype_name(values.dtype)
@@ -211,9 +220,14 @@ def pose(
             f"pass x as one of these{_remedy(name)}."
         )
     shape = tuple(x.shape)
-    axes = normalise_axes(channel_axis, shape)
+    axes = _one_axis(channel_axis, shape) if type(channel_axis) is int else normalise_axes(channel_axis, shape)
     strides = tuple(x.strides) if library.strided else None
     return x, _call(shape, strides, axes, name, float(eps), activation, library, x.dtype)
+
+
+@lru_cache(maxsize=4096)
+def _one_axis(channel_axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return normalise_axes(channel_axis, shape)
 
 
 @lru_cache(maxsize=4096)

@@ -283,7 +283,7 @@ def test_options_of_public_functions_are_keyword_only(name):
         positional = {"explain": 1, "namespace": 1, "fold": 4, "fold_into": 6}[name]
     else:
         positional = {"batch_norm": 3, "batch_norm_backward": 2, "batch_norm_inference": 5,
-                      "batch_norm_inference_backward": 6, "moments": 1, "population": 1}[name]  # fmt: skip
+                      "batch_norm_inference_backward": 6, "moments": 1, "population": 1, "warmup": 1}[name]  # fmt: skip
     kinds = [p.kind for p in inspect.signature(getattr(cubn, name)).parameters.values()]
     assert kinds[:positional] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * positional
     assert set(kinds[positional:]) <= {inspect.Parameter.KEYWORD_ONLY}
