@@ -37,6 +37,9 @@ check-book: book $(SETUP)/browser
 lab: $(SETUP)/book
 	JUPYTER_CONFIG_DIR=book/lab $(BIN)/jupyter lab book
 
+mutants: $(SETUP)/test
+	PYTHONPATH=tests $(BIN)/python -m host.mutants cuda_mutants:subjects
+
 bench: $(SETUP)/bench
 	$(BIN)/python benchmarks/run.py
 

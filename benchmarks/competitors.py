@@ -44,7 +44,8 @@ def competitors(which: str, a: Operands, slow: bool) -> Iterator[Timed]:
     yield from _cubn(which, a)
     if find_spec("torch") and a.x.dtype != np.float16:
         yield from _torch(which, a)
-    if find_spec("onnxruntime") and find_spec("onnx") and which != "backward" and not a.channels_last:
+    single = a.x.dtype == np.float32
+    if find_spec("onnxruntime") and find_spec("onnx") and single and which != "backward" and not a.channels_last:
         yield from _onnxruntime(which, a)
     if find_spec("jax"):
         yield from _jax(which, a)
@@ -84,22 +85,32 @@ def _cubn(which: str, a: Operands) -> Iterator[Timed]:
 def _torch(which: str, a: Operands) -> Iterator[Timed]:
     import torch
 
-    x, dy, gamma, beta, mean, var = (torch.from_numpy(v) for v in (a.x, a.dy, a.gamma, a.beta, a.mean, a.var))
+    def tensor(values: np.ndarray) -> Any:
+        if values.dtype.name == "bfloat16":  # by its bits: neither library knows the other's
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(values)
+
+    def array(result: Any) -> np.ndarray:
+        if result.dtype == torch.bfloat16:
+            return result.view(torch.int16).numpy().view(a.x.dtype)
+        return result.numpy()
+
+    x, dy, gamma, beta, mean, var = (tensor(v) for v in (a.x, a.dy, a.gamma, a.beta, a.mean, a.var))
     channels = len(gamma)
-    out, first, second = torch.from_numpy(a.like_x()), torch.empty(channels), torch.empty(channels)
+    out, first, second = tensor(a.like_x()), torch.empty(channels), torch.empty(channels)
     aten = torch.ops.aten
     if which == "backward":
         _, save_mean, save_rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
         arguments = (dy, x, gamma, None, None, save_mean, save_rstd, True, EPS, [True, True, True])
         into = {"out0": out, "out1": first, "out2": second}
-        yield "torch out", lambda: aten.native_batch_norm_backward.out(*arguments, **into)[0].numpy()
-        yield "torch new", lambda: aten.native_batch_norm_backward(*arguments)[0].numpy()
+        yield "torch out", lambda: array(aten.native_batch_norm_backward.out(*arguments, **into)[0])
+        yield "torch new", lambda: array(aten.native_batch_norm_backward(*arguments)[0])
         return
     training = which == "forward"
     running = (None, None) if training else (mean, var)
     arguments = (x, gamma, beta, *running, training, 0.1, EPS)
-    yield "torch out", lambda: torch.native_batch_norm(*arguments, out=(out, first, second))[0].numpy()
-    yield "torch new", lambda: torch.native_batch_norm(*arguments)[0].numpy()
+    yield "torch out", lambda: array(torch.native_batch_norm(*arguments, out=(out, first, second))[0])
+    yield "torch new", lambda: array(torch.native_batch_norm(*arguments)[0])
 
 
 def _onnxruntime(which: str, a: Operands) -> Iterator[Timed]:

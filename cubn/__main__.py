@@ -1,4 +1,4 @@
-"""The command line: `python -m cubn demo`, `python -m cubn info`."""
+"""The command line: `python -m cubn demo`, `python -m cubn info`, `python -m cubn plan`."""
 
 import argparse
 import platform
@@ -12,6 +12,7 @@ import numpy as np
 import cubn
 from cubn.demo import command as demo
 from cubn.dispatch import MACHINES
+from cubn.machines.cuda import command as plan
 from cubn.namespace import why_no_cuda
 
 SERVES = {
@@ -101,7 +102,7 @@ def _state(machine: str) -> str:
         return f"{what}not part of this version; {instead}"
     missing = why_no_cuda() if machine == "cuda" else None
     if missing is not None:
-        return f"not ready: {missing}"
+        return f"not ready: {missing}; not yet run on a GPU"
     try:
         import_module(MACHINES[machine])
         return f"ready, {_numba()}" if machine == "cpu" else "ready"
@@ -132,6 +133,7 @@ def _no_options(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "demo": Command(demo.SUMMARY, demo.add_options, demo.run),
+    "plan": Command(plan.SUMMARY, plan.add_options, plan.run),
     "info": Command("show versions, and which machines compute here", _no_options, info),
 }
 

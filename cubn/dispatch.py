@@ -15,11 +15,13 @@ from cubn.namespace import Library
 MACHINES = {
     "reference": "cubn.machines.reference",
     "cpu": "cubn.machines.cpu",
+    "cuda": "cubn.machines.cuda.launch",
 }
 """Name of a machine -> the module that is it."""
 
 LIBRARIES = {
     "numpy": "cpu",
+    "cupy": "cuda",
 }
 """Array library -> the machine that computes on its arrays.  The reference computes on all others."""
 

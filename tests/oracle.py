@@ -1,6 +1,6 @@
 """Batch normalisation in extended precision, written out, with the error that each result may have.
 
-`roundoff` is the unit roundoff u of a machine's arithmetic (2**-53 where it works in float64).  The bounds follow
+`roundoff` is the unit roundoff u of a machine's arithmetic, by default that of `ARITHMETIC`.  The bounds follow
 the standard model fl(a op b) = (a op b)(1 + e), |e| <= u, for sums taken in any order, to first order in u:
 
 R = max |x - mean| of a channel, M its samples, sigma its standard deviation.  Sums over distances from one sample,
@@ -22,6 +22,9 @@ import numpy as np
 
 EXTENDED = np.longdouble
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+ARITHMETIC = dict.fromkeys(ROUNDOFF, ROUNDOFF["float64"])
+"""Element type of x -> unit roundoff of the arithmetic of the machine under test; the `machine` fixture changes it."""
+
 SMALLEST = {"float64": 5e-324, "float32": 1.4e-45, "float16": 6e-8, "bfloat16": 9.2e-41}
 
 
@@ -82,10 +85,10 @@ def batch_norm(
     where: np.ndarray | None = None,
     dy: np.ndarray | None = None,
     statistics: tuple[np.ndarray, np.ndarray] | None = None,
-    roundoff: float = 2.0**-53,
+    roundoff: float | None = None,
 ) -> Result:
     """Forward and (with dy) backward pass; `statistics` (mean, var) makes it the inference of both."""
-    u = roundoff
+    u = ARITHMETIC[x.dtype.name] if roundoff is None else roundoff
     kept = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
     kept = tuple(sorted(axis % x.ndim for axis in kept))
     averaged = tuple(axis for axis in range(x.ndim) if axis not in kept)

@@ -306,3 +306,25 @@ def test_equal_options_give_equal_tables(libraries, capsys):
     tables = [command.table(command._train_all([0.3], options)) for _ in range(2)]
     capsys.readouterr()
     assert tables[0] == tables[1]
+
+
+def test_plan_shows_the_kernels_of_a_tensor_without_a_gpu(capsys):
+    assert command_line.main(["plan", "32,256,56,56", "--dtype", "float16"]) == 0
+    text = capsys.readouterr().out
+    assert "(32, 256, 3136)" in text
+    assert "plane map" in text
+    assert "3 S = 154.1 MB" in text  # 32 * 256 * 56 * 56 * 2 bytes, three times
+    assert text.count("<<<") == 4
+    assert command_line.main(["plan", "8192,512", "--device", "a100"]) == 0
+    assert "column map" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["3,a"], "is no shape"), (["3,0"], "sizes of 1 and above"), (["3,4", "--channel-axis", "5"], "axes are 0 to 1")],
+)
+def test_plan_refuses_what_has_no_plan(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["plan", *arguments])
+    assert words in capsys.readouterr().err + str(stopped.value)
+    assert stopped.value.code != 0

@@ -1,0 +1,365 @@
+"""The machine of the kernels, written once over what launches them: CuPy on a GPU, the executor of the tests without.
+
+Tensors are read in place where they are dense but for the distance between their outermost rows, which covers
+every memory order and slices of the batch and of the channels; anything else is copied once.  Masks are read as
+dense bytes.
+
+Memory: forward allocates y and one (3, channels) array (mean, m2, rstd; a fourth row for the counts under a mask),
+backward dx and one (2, channels); `active` and `dresidual` where they are asked for; and a workspace that is kept.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
+
+from cubn.machines import Backward, Forward, GradientSums
+from cubn.machines.cuda.plan import (
+    ITEM_BYTES,
+    KERNELS,
+    MERGING,
+    DeviceLimits,
+    LaunchPlan,
+    Memory,
+    gradient_sums_plan,
+    input_gradient_plan,
+    moments_plan,
+    normalize_plan,
+)
+from cubn.moments import Moments
+from cubn.namespace import Array, is_static_count
+from cubn.problem import Problem
+
+
+class Backend(Protocol):
+    """What allocates memory and launches kernels."""
+
+    def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
+        """Makes the array's device the current one, to which everything below refers."""
+
+    def limits(self) -> DeviceLimits:
+        """What the device can do."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Uninitialised memory, C-contiguous and aligned to a vector."""
+
+    def contiguous(self, array: Array, dtype: Any) -> Array:
+        """The same values, C-contiguous and aligned to a vector: the array itself if it is all that."""
+
+    def address(self, array: Array) -> int:
+        """Of the first element, in bytes."""
+
+    def workspace(self, plan: LaunchPlan) -> tuple[Array, Array]:
+        """Partials of any content and arrivals that are zero, of the current stream, kept from call to call."""
+
+    def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
+        """Run the plan's kernel with arguments by name: arrays, None, int and float."""
+
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def _on_its_device(verb: Verb) -> Verb:
+    """The verb with the device of its first tensor as the current one; all tensors of a call live on one."""
+
+    @wraps(verb)
+    def on_its_device(self: "KernelMachine", problem: Problem, tensor: Array, *rest: Any, **options: Any) -> Any:
+        with self.backend.on_device_of(tensor):
+            return verb(self, problem, tensor, *rest, **options)
+
+    return cast(Verb, on_its_device)
+
+
+class KernelMachine:
+    """The six entry points of `cubn.machines.Machine`."""
+
+    def __init__(self, name: str, backend: Backend) -> None:
+        self.name = name
+        self.backend = backend
+
+    def moments(self, problem: Problem, x: Array, where: Array | None = None) -> Moments:
+        """As in `cubn.machines.Machine`."""
+        return self._moments(problem, x, where, with_rstd=False)[0]
+
+    @_on_its_device
+    def _moments(
+        self, problem: Problem, x: Array, where: Array | None, with_rstd: bool
+    ) -> tuple[Moments, Array | None]:
+        rows = 2 + with_rstd + (where is not None)
+        statistics = self.backend.empty((rows, problem.channels), np.float64)
+        mean, m2 = statistics[0], statistics[1]
+        rstd = statistics[2] if with_rstd else None
+        count: Any = problem.samples if where is None else statistics[rows - 1].view(np.int64)
+        if problem.samples == 0 or problem.channels == 0:
+            statistics[...] = 0
+            if rstd is not None:
+                rstd[...] = np.nan  # nothing was there to take a deviation of
+            return Moments(problem.samples, mean, m2, np.dtype(problem.statistics_dtype)), rstd
+        tensors = _Tensors(self.backend, problem, x=x)
+        plan = moments_plan(problem, self.backend.limits(), tensors.memory, where=where is not None)
+        self._launch(
+            plan,
+            **tensors.arguments,
+            where=self._mask(where),
+            eps=problem.eps,
+            mean=mean,
+            m2=m2,
+            rstd=rstd,
+            count=None if where is None else count,
+        )
+        return Moments(count, mean, m2, np.dtype(problem.statistics_dtype)), rstd
+
+    @_on_its_device
+    def normalize(
+        self,
+        problem: Problem,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """As in `cubn.machines.Machine`; `active` is one byte per element."""
+        keeps = residual is not None and problem.activation is not None
+        active = self.backend.empty(_shape(problem), np.uint8) if keeps else None
+        y = _Result(self.backend, problem, x.dtype, out)
+        if y.array.size:
+            tensors = _Tensors(self.backend, problem, x=x, residual=residual, y=y.array)
+            plan = normalize_plan(
+                problem, self.backend.limits(), tensors.memory, residual=residual is not None, where=where is not None
+            )
+            self._launch(
+                plan,
+                **tensors.arguments,
+                where=self._mask(where),
+                **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
+                active=active,
+            )
+        return y.deliver(), active
+
+    @_on_its_device
+    def gradient_sums(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        where: Array | None = None,
+        active: Array | None = None,
+    ) -> GradientSums:
+        """As in `cubn.machines.Machine`."""
+        sums = self.backend.empty((2, problem.channels), np.dtype(problem.statistics_dtype))
+        if problem.samples == 0 or problem.channels == 0:
+            sums[...] = 0
+            return GradientSums(sums[0], sums[1])
+        tensors = _Tensors(self.backend, problem, dy=dy, x=x)
+        plan = gradient_sums_plan(
+            problem, self.backend.limits(), tensors.memory, where=where is not None, active=active is not None
+        )
+        self._launch(
+            plan,
+            **tensors.arguments,
+            where=self._mask(where),
+            active=active,
+            **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
+            sum_dy=sums[0],
+            sum_dy_xhat=sums[1],
+        )
+        return GradientSums(sums[0], sums[1])
+
+    @_on_its_device
+    def input_gradient(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        count: Any,
+        sums: GradientSums | None,
+        where: Array | None = None,
+        active: Array | None = None,
+        residual: bool = False,
+        out: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """As in `cubn.machines.Machine`."""
+        dx = _Result(self.backend, problem, x.dtype, out)
+        dresidual = self.backend.empty(_shape(problem), x.dtype) if residual else None
+        if dx.array.size:
+            tensors = _Tensors(self.backend, problem, dy=dy, x=x, dx=dx.array, dresidual=dresidual)
+            plan = input_gradient_plan(
+                problem,
+                self.backend.limits(),
+                tensors.memory,
+                train=sums is not None,
+                where=where is not None,
+                active=active is not None,
+                residual=residual,
+            )
+            static = is_static_count(count)
+            self._launch(
+                plan,
+                **tensors.arguments,
+                where=self._mask(where),
+                active=active,
+                **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
+                **self._per_channel(
+                    problem,
+                    sum_dy=None if sums is None else sums.dy,
+                    sum_dy_xhat=None if sums is None else sums.dy_xhat,
+                ),
+                counts=None if static or sums is None else self.backend.contiguous(count, np.int64),
+                count=count if static else 0,
+            )
+        return dx.deliver(), dresidual
+
+    def forward(
+        self,
+        problem: Problem,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+    ) -> Forward:
+        """`moments`, then `normalize`: two launches."""
+        batch, rstd = self._moments(problem, x, where, with_rstd=True)
+        y, active = self.normalize(problem, x, batch.wide_mean, rstd, gamma, beta, residual, where, out)
+        return Forward(y, batch, rstd, active)
+
+    def backward(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        count: Any,
+        where: Array | None = None,
+        active: Array | None = None,
+        residual: bool = False,
+        out: Array | None = None,
+    ) -> Backward:
+        """`gradient_sums`, then `input_gradient`: two launches."""
+        sums = self.gradient_sums(problem, dy, x, mean, rstd, gamma, beta, where, active)
+        taken = None if count is None else sums
+        dx, dresidual = self.input_gradient(
+            problem, dy, x, mean, rstd, gamma, beta, count, taken, where, active, residual, out
+        )
+        return Backward(dx, dresidual, sums)
+
+    def _mask(self, where: Array | None) -> Array | None:
+        return None if where is None else self.backend.contiguous(where, np.bool_)
+
+    def _per_channel(self, problem: Problem, **values: Array | None) -> dict[str, Array | None]:
+        """Dense, and in the type in which the kernels read them: double for the statistics, ACC_T for the rest."""
+        narrow = np.dtype(problem.statistics_dtype)
+        return {
+            name: None if array is None else self.backend.contiguous(array, _WIDE.get(name, narrow))
+            for name, array in values.items()
+        }
+
+    def _launch(self, plan: LaunchPlan, **arguments: Any) -> None:
+        if plan.kernel in MERGING:
+            arguments["partials"], arguments["arrivals"] = (
+                self.backend.workspace(plan) if plan.partials else (None, None)
+            )
+        self.backend.launch(plan, arguments)
+
+
+_WIDE = {"mean": np.dtype(np.float64), "rstd": np.dtype(np.float64)}
+
+
+def typed_arguments(plan: LaunchPlan, arguments: dict[str, Any]) -> list[Any]:
+    """The arguments of a kernel in its order: arrays and None as they are, numbers in the kernel's own types.
+
+    Integers are 64-bit but for the last four sizes; a scalar of another width would be read as garbage.  A row of
+    the kernel is `fold` rows of its tensors, which are dense then.
+    """
+    before, after = KERNELS[plan.kernel]
+    fold = plan.tiles.fold
+    arguments = {name: fold * value if name.endswith("_stride") else value for name, value in arguments.items()}
+    workspace = ("partials", "arrivals") if plan.kernel in MERGING else ()
+    sizes = plan.tiles.sizes
+    return [
+        *(_typed(arguments[name]) for name in before.split()),
+        *(np.int64(size) for size in sizes[:-4]),
+        *(np.int32(size) for size in sizes[-4:]),
+        *(_typed(arguments[name]) for name in (*workspace, *after.split())),
+    ]
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, int):
+        return np.int64(value)
+    return np.float64(value) if isinstance(value, float) else value
+
+
+def _shape(problem: Problem) -> tuple[int, int, int]:
+    return problem.outer, problem.channels, problem.inner
+
+
+class _Tensors:
+    """The tensors of one call as the kernels take them, and how they lie in memory together."""
+
+    def __init__(self, backend: Backend, problem: Problem, **tensors: Array | None) -> None:
+        self.arguments: dict[str, Any] = {}
+        row_length = problem.channels * problem.inner
+        places = []
+        for name, tensor in tensors.items():
+            stride = row_length
+            if tensor is not None:
+                given = row_stride(tensor)
+                if given is None:
+                    tensor = backend.contiguous(tensor, tensor.dtype)
+                else:
+                    stride = given
+                places.append((backend.address(tensor), stride))
+            self.arguments[name] = tensor
+            self.arguments[f"{name}_stride"] = stride
+        self.memory = Memory.of(places, row_length, ITEM_BYTES[problem.dtype])
+
+
+class _Result:
+    """Memory that a kernel can write into, and its way back into `out` where that is something else."""
+
+    def __init__(self, backend: Backend, problem: Problem, dtype: Any, out: Array | None) -> None:
+        self.out = out
+        self.array: Array = out
+        if out is None or row_stride(out) is None:
+            self.array = backend.empty(_shape(problem), dtype)
+
+    def deliver(self) -> Array:
+        """The result, where the caller wants it."""
+        if self.out is None or self.out is self.array:
+            return self.array
+        self.out[...] = self.array
+        return self.out
+
+
+def row_stride(tensor: Array) -> int | None:
+    """Elements from row to row of a canonical tensor that is dense within its rows; None if it is not."""
+    outer, channels, inner = tensor.shape
+    along_outer, along_channels, along_inner = tensor.strides
+    itemsize = tensor.dtype.itemsize
+    if inner != 1 and along_inner != itemsize:
+        return None
+    if channels != 1 and along_channels != inner * itemsize:
+        return None
+    if outer == 1:
+        return int(channels * inner)
+    stride, rest = divmod(along_outer, itemsize)
+    return None if rest else int(stride)

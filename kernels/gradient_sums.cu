@@ -1,0 +1,104 @@
+// gradient_sums.cu: the two sums over each channel that its gradients need; they are dbeta and dgamma.
+//
+//     sum_dy[c] = sum dz,    sum_dy_xhat[c] = sum dz * xhat,    xhat = (x - mean) * rstd,
+//     dz = dy where the activation let it pass, else 0
+//
+//   Shapes     dy, x (outer, channels, inner) X_T, each with a stride of its own from row to row
+//              mean, rstd (channels,) double      gamma, beta (channels,) ACC_T, or null for 1 and 0
+//              where, active  the shape of x, dense, bytes      sum_dy, sum_dy_xhat (channels,) ACC_T
+//   Launch     gradient_sums_plan: 1-D grid of any size, each block takes whole tiles
+//   Traffic    one read of dy and of x, of where when WHERE, of active when KEPT; partials only where a channel is
+//              spread over several tiles
+//   Rounding   a thread sums in ACC_T, at most 32 terms at a time, then in double; threads and blocks are added in
+//              double, in the order of their indices
+//   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0;  RELU (0/1);
+//              KEPT (0/1): read from active where ReLU let z pass, rather than compute it again from x
+
+#include "affine.cuh"
+#include "union.cuh"
+
+struct Sums {
+    double dy;
+    double dy_xhat;
+};
+
+__device__ inline Sums unite(Sums p, Sums q) { return {p.dy + q.dy, p.dy_xhat + q.dy_xhat}; }
+
+// Terms of one channel, as one thread collects them.
+struct Terms {
+    ACC_T dy, dy_xhat;  // since the last settle()
+    Sums settled;
+
+    __device__ void take(ACC_T dz, ACC_T xhat)
+    {
+        dy += dz;
+        dy_xhat = fma(dz, xhat, dy_xhat);
+    }
+
+    __device__ void settle()
+    {
+        settled = unite(settled, Sums{dy, dy_xhat});
+        dy = dy_xhat = 0;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const unsigned char *where,
+              const unsigned char *active, const double *mean, const double *rstd, const ACC_T *gamma,
+              const ACC_T *beta,
+              index_t rows, index_t channels, index_t inner, index_t windows, index_t tail, index_t part,
+              int groups, int splits, int width, int fold,
+              Sums *partials, unsigned *arrivals, ACC_T *sum_dy, ACC_T *sum_dy_xhat)
+{
+    __shared__ __align__(16) Sums sets[BLOCK * LANES];
+    constexpr int ROUNDS = COLUMN ? 32 / UNROLL : (32 + UNROLL * VEC - 1) / (UNROLL * VEC);
+    const Tiles tiles = {rows, channels, inner, windows, tail, part, groups, splits, width, fold};
+
+    for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+        Walk walk(tiles, tile);
+        Terms terms[LANES] = {};
+        Affine hats[LANES], maps[LANES];
+        Channels channel(tiles, walk);
+        for (int l = 0; walk.steps > 0 && l < LANES; ++l) {
+            const index_t c = channel.next(tiles);
+            hats[l] = standardizing(c, mean, rstd);
+            if (RELU && !KEPT) maps[l] = normalizing(c, mean, rstd, gamma, beta);
+        }
+
+        while (walk.step < walk.steps) {
+            for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {
+                Window window[UNROLL];
+                Vector slopes[UNROLL], values[UNROLL];
+                Bytes mask[UNROLL], kept[UNROLL];
+#pragma unroll
+                for (int u = 0; u < UNROLL; ++u) {
+                    window[u] = walk.next(tiles, x, x_stride);
+                    if (!window[u].any()) continue;
+                    slopes[u] = load(dy, dy_stride, window[u]);
+                    values[u] = load(x, x_stride, window[u]);
+                    if (WHERE) mask[u] = load(where, tiles, window[u]);
+                    if (KEPT) kept[u] = load(active, tiles, window[u]);
+                }
+#pragma unroll
+                for (int u = 0; u < UNROLL; ++u) {
+                    if (!window[u].any()) continue;
+#pragma unroll
+                    for (int i = 0; i < VEC; ++i) {
+                        const int l = COLUMN ? i : 0;
+                        const ACC_T v = to_acc(values[u].at[i]);
+                        if (!window[u].holds(i) || (WHERE && !mask[u].at[i])) continue;
+                        const bool passed = !RELU || (KEPT ? kept[u].at[i] : passes(maps[l](v)));
+                        terms[l].take(passed ? to_acc(slopes[u].at[i]) : ACC_T(0), hats[l](v));
+                    }
+                }
+            }
+            for (int l = 0; l < LANES; ++l) terms[l].settle();
+        }
+
+        for (int l = 0; l < LANES; ++l) sets[l * BLOCK + threadIdx.x] = terms[l].settled;
+        merge(tiles, walk, sets, partials, arrivals, [&](index_t c, const Sums &all) {
+            sum_dy[c] = narrow(all.dy);
+            sum_dy_xhat[c] = narrow(all.dy_xhat);
+        });
+    }
+}

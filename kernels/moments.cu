@@ -1,0 +1,118 @@
+// moments.cu: count, mean and sum of squared distances of each channel, and what divides by its deviation.
+//
+//     mean[c] = sum x / M,    m2[c] = sum (x - mean)^2,    rstd[c] = (m2 / M + eps)^-1/2
+//
+//   Shapes     x (outer, channels, inner) X_T, `x_stride` elements from row to row      where  the same, dense, bytes
+//              mean, m2, rstd (channels,) double; rstd may be null      count (channels,), with WHERE only
+//   Launch     moments_plan: 1-D grid of any size, each block takes whole tiles
+//   Traffic    one read of x, one of where; partials only where a channel is spread over several tiles; for double,
+//              a first sample of the channel once more for every lane of every thread
+//   Rounding   a thread sums x - pivot and its square in ACC_T, at most 32 at a time, then in double; the pivot is
+//              its own first sample, so that a constant leaves exact zeros and a large mean costs no digit;
+//              threads and blocks are merged by unite()
+//   Range      float: squares of x - pivot must stay in float's range, so distances between 1e-18 and 1e18
+//   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0
+
+#include "moments.cuh"
+#include "union.cuh"
+
+// Samples of one channel, as one thread collects them.
+struct Samples {
+    int count;
+    ACC_T pivot, sum, squares;           // of x - pivot, since the last settle()
+    double settled_sum, settled_squares; // of all before that
+
+    __device__ void take(ACC_T x, bool first)
+    {
+        if (first) pivot = x;
+        const ACC_T distance = x - pivot;
+        sum += distance;
+        squares = fma(distance, distance, squares);
+    }
+
+    __device__ void settle()
+    {
+        settled_sum += sum;
+        settled_squares += squares;
+        sum = squares = 0;
+    }
+
+    // The mean counts from `origin`.
+    __device__ Moments moments(double origin) const
+    {
+        const double shift = settled_sum * (1.0 / count);
+        const double m2 = settled_squares - settled_sum * shift;
+        return {count, widen(pivot) - origin + shift, m2 < 0 ? 0 : m2};  // NaN stays
+    }
+};
+
+// What the means of a channel count from while they are merged: one of its samples, so that a large mean costs the
+// gaps between them no digit.  Where x is narrower than double, double has those digits anyway.
+__device__ inline double origin(const X_T *x, const unsigned char *where, index_t first)
+{
+    if (X_TYPE != 3 || (WHERE && !where[first])) return 0;
+    const double sample = to_acc(x[first]);
+    return isfinite(sample) ? sample : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 2)
+moments(const X_T *x, index_t x_stride, const unsigned char *where, double eps,
+        index_t rows, index_t channels, index_t inner, index_t windows, index_t tail, index_t part,
+        int groups, int splits, int width, int fold,
+        Moments *partials, unsigned *arrivals, double *mean, double *m2, double *rstd, index_t *count)
+{
+    __shared__ __align__(16) Moments sets[BLOCK * LANES];
+    constexpr bool ALL = !WHERE && !RAGGED;                      // every element of every window is a sample
+    constexpr int ROUNDS = COLUMN ? 32 / UNROLL : (32 + UNROLL * VEC - 1) / (UNROLL * VEC);
+    const Tiles tiles = {rows, channels, inner, windows, tail, part, groups, splits, width, fold};
+
+    for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+        Walk walk(tiles, tile);
+        Samples samples[LANES] = {};
+
+        while (walk.step < walk.steps) {
+            for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {
+                const bool fresh = walk.step == 0;
+                Window window[UNROLL];
+                Vector values[UNROLL];
+                Bytes mask[UNROLL];
+#pragma unroll
+                for (int u = 0; u < UNROLL; ++u) {
+                    window[u] = walk.next(tiles, x, x_stride);
+                    if (window[u].any()) values[u] = load(x, x_stride, window[u]);
+                    if (WHERE && window[u].any()) mask[u] = load(where, tiles, window[u]);
+                }
+#pragma unroll
+                for (int u = 0; u < UNROLL; ++u) {
+                    if (!window[u].any()) continue;
+#pragma unroll
+                    for (int i = 0; i < VEC; ++i) {
+                        Samples &lane = samples[COLUMN ? i : 0];
+                        if (ALL) {
+                            lane.take(to_acc(values[u].at[i]), fresh && u == 0 && i < LANES);
+                        } else if (window[u].holds(i) && (!WHERE || mask[u].at[i])) {
+                            lane.take(to_acc(values[u].at[i]), lane.count == 0);
+                            ++lane.count;
+                        }
+                    }
+                }
+            }
+            for (int l = 0; l < LANES; ++l) samples[l].settle();
+        }
+
+        Channels channel(tiles, walk);
+        for (int l = 0; l < LANES; ++l) {
+            const index_t c = channel.next(tiles);
+            if (ALL) samples[l].count = walk.steps * (VEC / LANES);
+            sets[l * BLOCK + threadIdx.x] =
+                samples[l].count ? samples[l].moments(origin(x, where, c * inner)) : Moments{};
+        }
+        merge(tiles, walk, sets, partials, arrivals, [&](index_t c, const Moments &all) {
+            const double total = all.m2 / all.count + eps;  // NaN for a channel without samples
+            mean[c] = origin(x, where, c * inner) + all.mean;
+            m2[c] = all.m2;
+            if (rstd) rstd[c] = total == 0 ? 0 : 1 / sqrt(total);
+            if (WHERE) count[c] = all.count;
+        });
+    }
+}
