@@ -38,7 +38,7 @@ lab: $(SETUP)/book
 	JUPYTER_CONFIG_DIR=book/lab $(BIN)/jupyter lab book
 
 mutants: $(SETUP)/test
-	PYTHONPATH=tests $(BIN)/python -m host.mutants cuda_mutants:subjects
+	PYTHONPATH=tests $(BIN)/python -m host.mutants cuda_mutants:subjects --kinds barriers bounds conditions
 
 bench: $(SETUP)/bench
 	$(BIN)/python benchmarks/run.py

@@ -90,7 +90,7 @@ DEVICES = {
         DeviceLimits("rtx5090", 120, 170),
     )
 }
-"""Devices to plan for where none is at hand.  Processors are NVIDIA's published counts; of a device that is at
+"""Devices to plan for where none is at hand.  Processors as published by NVIDIA or others; of a device that is at
 hand, `launch` asks the driver."""
 
 
