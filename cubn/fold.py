@@ -16,7 +16,7 @@ from cubn.namespace import (
     require_same_library,
     widest_float,
 )
-from cubn.problem import require_eps
+from cubn.problem import require_eps, require_variance
 
 
 class Affine(NamedTuple):
@@ -162,11 +162,7 @@ def _fold_wide(
             f"mean has dtype {dtype_name(mean.dtype)}, but statistics are floating; pass it as float32 or float64."
         )
     wide_var = _wide_like("var", var, mean, library)
-    if library.is_numpy and (wide_var < 0).any():
-        raise ValueError(
-            f"var has a negative entry ({wide_var.min()}), but a variance is a mean of squares; "
-            f"pass mean and var in this order."
-        )
+    require_variance(wide_var, library)
     with np.errstate(all="ignore"):
         scale = reciprocal_std(wide_var, eps)
         if gamma is not None:

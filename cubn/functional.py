@@ -10,7 +10,7 @@ from cubn.dispatch import machine_for
 from cubn.machines import Backward
 from cubn.moments import Moments, reciprocal_std
 from cubn.namespace import Array, is_static_count, widest_float
-from cubn.problem import Call, Problem, pose, require_training_samples
+from cubn.problem import Call, Problem, pose, require_training_samples, require_variance
 from cubn.sync import Sync, gather_moments, gather_sums
 
 
@@ -509,11 +509,7 @@ def _constants(call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
     """The given mean and the reciprocal standard deviation of the given var, wide and canonical."""
     mean_c, var_c = call.per_channel("mean", mean), call.per_channel("var", var)
     xp, wide = call.library.xp, widest_float(call.library)
-    if call.library.is_numpy and (var_c < 0).any():
-        raise ValueError(
-            f"var has a negative entry ({var_c.min()}), but a variance is a mean of squares; "
-            f"pass mean and var in this order."
-        )
+    require_variance(var_c, call.library)
     with np.errstate(all="ignore"):
         return xp.astype(mean_c, wide), reciprocal_std(xp.astype(var_c, wide), call.problem.eps)
 

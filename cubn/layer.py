@@ -20,7 +20,7 @@ from cubn.functional import (
 )
 from cubn.layout import is_integer
 from cubn.namespace import Array, dtype_name, is_array, library_of, may_overlap, namespace
-from cubn.problem import ACTIVATIONS, require_eps
+from cubn.problem import require_activation, require_eps
 from cubn.state import RunningStatistics, require_momentum
 from cubn.sync import Sync
 
@@ -113,8 +113,7 @@ class BatchNorm:
         self.features = _require_features(features, self.channel_axis)
         require_eps(eps)
         require_momentum(momentum)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f'activation is {activation!r}, but cubn knows None and "relu"; pass one of these.')
+        require_activation(activation)
         self.dtype = _require_state_dtype(dtype)
         self.eps = float(eps)
         self.momentum = None if momentum is None else float(momentum)

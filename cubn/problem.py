@@ -211,8 +211,7 @@ def pose(
     """Check x and the options, and return x as an array with the call it makes."""
     x, library = adopt(x)
     require_eps(eps)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f'activation is {activation!r}, but cubn knows None and "relu"; pass one of these.')
+    require_activation(activation)
     name = dtype_name(x.dtype)
     if name not in STATISTICS_DTYPE:
         raise DTypeError(
@@ -256,6 +255,21 @@ def require_eps(eps: Any) -> None:
         finite = False
     if not finite:
         raise ValueError(f"eps is {eps!r}, but it keeps the variance away from zero; pass a finite number >= 0.")
+
+
+def require_activation(activation: Any) -> None:
+    """Raise unless the activation is one that there is."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'activation is {activation!r}, but cubn knows None and "relu"; pass one of these.')
+
+
+def require_variance(var: Array, library: Library) -> None:
+    """Raise if a variance is known to be negative.  NumPy only: elsewhere looking would wait for the device."""
+    if library.is_numpy and (var < 0).any():
+        raise ValueError(
+            f"var has a negative entry ({var.min()}), but a variance is a mean of squares; "
+            f"pass mean and var in this order."
+        )
 
 
 def require_training_samples(samples: int, layout: Layout) -> None:
