@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubn.dispatch import machine_for
-from cubn.machines import Backward
+from cubn.machines import Backward, Running
 from cubn.moments import Moments, reciprocal_std
-from cubn.namespace import Array, is_static_count, widest_float
+from cubn.namespace import Array, dtype_name, is_static_count, widest_float
 from cubn.problem import Call, Problem, pose, require_training_samples, require_variance
+from cubn.state import RunningStatistics
 from cubn.sync import Sync, gather_moments, gather_sums
 
 
@@ -169,10 +170,11 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var
     (array([2.]), array([1.]))
     """
-    return training_forward(
+    y, saved, _ = training_forward(
         x, gamma, beta, channel_axis=channel_axis, eps=eps, activation=activation,
-        residual=residual, where=where, sync=sync, out=out, empty_allowed=False,
+        residual=residual, where=where, sync=sync, out=out,
     )  # fmt: skip
+    return y, saved
 
 
 def training_forward(
@@ -187,9 +189,11 @@ def training_forward(
     where: Array | None,
     sync: Sync | None,
     out: Array | None,
-    empty_allowed: bool,
-) -> tuple[Array, Saved]:
-    """`batch_norm`, which a layer may also call with a batch of no samples at all."""
+    running: RunningStatistics | None = None,
+    momentum: float | None = None,
+    empty_allowed: bool = False,
+) -> tuple[Array, Saved, RunningStatistics | None]:
+    """`batch_norm` as a layer needs it: `running` absorbs the batch, and a batch may be of no samples at all."""
     x, call = pose(x, channel_axis=channel_axis, eps=eps, activation=activation)
     problem = call.problem
     gamma_c, beta_c = _parameters(call, gamma, beta)
@@ -203,9 +207,14 @@ def training_forward(
     machine = machine_for(call.library)
     x_c = call.canonical(x)
     target, view = call.destination(out)
+    moved, at_once = None, None
+    if running is not None and sync is None and where is None:
+        at_once = _running(call, running, momentum)
     with np.errstate(all="ignore"):  # NaN and infinity are results here, not accidents
         if sync is None:
-            result, batch, rstd, active = machine.forward(problem, x_c, gamma_c, beta_c, residual_c, where_c, view)
+            result, batch, rstd, active, moved = machine.forward(
+                problem, x_c, gamma_c, beta_c, residual_c, where_c, view, at_once
+            )
         else:
             batch = gather_moments(sync, call, machine.moments(problem, x_c, where_c))
             if is_static_count(batch.count) and not (empty_allowed and batch.count == 0):
@@ -219,7 +228,12 @@ def training_forward(
         None if sync is None else sync.size,
     )  # fmt: skip
     saved = Saved(x, _for_user(call, batch), call, operands)
-    return call.deliver(result, target, view), saved
+    if running is not None:
+        if moved is None:
+            running = running.absorb(saved.moments, momentum)
+        else:
+            running = RunningStatistics(*moved, running.num_batches_tracked + 1)
+    return call.deliver(result, target, view), saved, running
 
 
 def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, out: Array | None = None) -> Gradients:
@@ -371,7 +385,7 @@ def batch_norm_inference(
     target, view = call.destination(out)
     with np.errstate(all="ignore"):
         result, _ = machine_for(call.library).normalize(
-            call.problem, call.canonical(x), mean_c, rstd_c, gamma_c, beta_c, residual_c, where_c, view
+            call.problem, call.canonical(x), mean_c, rstd_c, gamma_c, beta_c, residual_c, where_c, view, keep=False
         )
     return call.deliver(result, target, view)
 
@@ -512,6 +526,14 @@ def _constants(call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
     require_variance(var_c, call.library)
     with np.errstate(all="ignore"):
         return xp.astype(mean_c, wide), reciprocal_std(xp.astype(var_c, wide), call.problem.eps)
+
+
+def _running(call: Call, running: RunningStatistics, momentum: float | None) -> Running | None:
+    """The running statistics as a machine takes them along, or None where they are not of x's form and dtype."""
+    fits = len(call.layout.channel_axes) == 1 and call.problem.samples > 1
+    if not fits or dtype_name(running.mean.dtype) != call.problem.statistics_dtype:
+        return None
+    return Running(running.mean, running.var, running.weight(momentum))
 
 
 def _changes_gradient(problem: Problem, where: Array | None) -> bool:

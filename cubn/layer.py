@@ -194,14 +194,11 @@ class BatchNorm:
         """
         x = self._require_input(x)
         if self.training or self._running is None:
-            y, saved = training_forward(
+            y, self._saved, self._running = training_forward(
                 x, self.gamma, self.beta, channel_axis=self.channel_axis, eps=self.eps,
                 activation=self.activation, residual=residual, where=where, sync=self.sync, out=out,
-                empty_allowed=True,
+                running=self._running, momentum=self.momentum, empty_allowed=True,
             )  # fmt: skip
-            if self.training and self._running is not None:
-                self._running = self._running.absorb(saved.moments, self.momentum)
-            self._saved = saved
             return y
         return self._infer(x, residual, where, out)
 

@@ -134,6 +134,20 @@ def union(parts: Iterable[Moments]) -> Moments:
     return reduce(Moments.__or__, parts, EMPTY)
 
 
+def towards(mean: Array, var: Array, batch: Moments, weight: float) -> tuple[Array, Array]:
+    """Running mean and variance after one more batch: running + weight * (batch - running), in their own dtype.
+
+    The variance is the unbiased one (Ioffe & Szegedy 2015, Algorithm 2, step 10).
+    """
+    xp = namespace_of(mean)
+
+    def moved(running: Array, of_batch: Array) -> Array:
+        values = (1.0 - weight) * running + weight * xp.astype(of_batch, running.dtype)
+        return xp.asarray(values)  # NumPy makes a scalar of an array without axes
+
+    return moved(mean, batch.mean), moved(var, batch.var_unbiased)
+
+
 def reciprocal_std(var: Array, eps: float) -> Array:
     """(var + eps) ** -1/2, and 0 where that would divide by zero.
 

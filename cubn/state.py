@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from cubn.moments import Moments
+from cubn.moments import Moments, towards
 from cubn.namespace import Array, is_static_count, namespace_of
 
 
@@ -57,21 +57,14 @@ class RunningStatistics:
             admitted = batch.count >= 2
             if not bool(xp.any(admitted)):
                 return self
-        batches = self.num_batches_tracked + 1
-        weight = 1.0 / batches if momentum is None else momentum
-        return RunningStatistics(
-            _towards(self.mean, batch.mean, weight, admitted),
-            _towards(self.var, batch.var_unbiased, weight, admitted),
-            batches,
-        )
+        mean, var = towards(self.mean, self.var, batch, self.weight(momentum))
+        if admitted is not None:
+            mean, var = (xp.asarray(xp.where(admitted, *pair)) for pair in ((mean, self.mean), (var, self.var)))
+        return RunningStatistics(mean, var, self.num_batches_tracked + 1)
 
-
-def _towards(running: Array, batch: Array, weight: float, admitted: Array | None) -> Array:
-    xp = namespace_of(running)
-    moved = (1.0 - weight) * running + weight * xp.astype(batch, running.dtype)
-    if admitted is not None:
-        moved = xp.where(admitted, moved, running)
-    return xp.asarray(moved)  # NumPy makes a scalar of an array without axes
+    def weight(self, momentum: float | None) -> float:
+        """Of the next batch."""
+        return 1.0 / (self.num_batches_tracked + 1) if momentum is None else momentum
 
 
 def require_momentum(momentum: Any) -> None:

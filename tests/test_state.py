@@ -259,8 +259,7 @@ def test_one_sample_leaves_the_layer_as_it_was(layer):
         "cubn.functional.Call.canonical",
         "cubn.functional.Call.deliver",
         "cubn.functional.Saved.__init__",
-        "cubn.state.RunningStatistics.absorb",
-        "cubn.state._towards",
+        "cubn.functional.RunningStatistics",
     ],
 )
 def test_an_exception_anywhere_in_a_training_step_leaves_the_layer_as_it_was(layer, monkeypatch, place):
@@ -278,7 +277,7 @@ def test_an_exception_between_the_two_statistics_leaves_both_as_they_were(layer,
     def failing():
         with monkeypatch.context() as patch:
             patch.setattr(cubn.Moments, "var_unbiased", property(refuse))
-            layer(GOOD)
+            layer(GOOD, where=np.ones_like(GOOD, bool))  # with a mask, no machine moves the state along
 
     expect_untouched(layer, InjectedError, failing)
 

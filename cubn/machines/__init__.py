@@ -24,13 +24,26 @@ from cubn.namespace import Array
 from cubn.problem import Problem
 
 
+class Running(NamedTuple):
+    """Running statistics that a forward pass brings nearer to those of its batch, and the batch's weight.
+
+    Both arrays have the shape (channels,) and the statistics' dtype.  They are never written to: a machine
+    returns new ones, made as `cubn.moments.towards` does.  There is no mask then, and there are two samples.
+    """
+
+    mean: Array
+    var: Array
+    weight: float
+
+
 class Forward(NamedTuple):
-    """What the fused forward pass of a machine returns."""
+    """What the fused forward pass of a machine returns; `running` is (mean, var), None where none were given."""
 
     y: Array
     moments: Moments
     rstd: Array
     active: Any
+    running: tuple[Array, Array] | None
 
 
 class GradientSums(NamedTuple):
@@ -74,8 +87,9 @@ class Machine(Protocol):
         residual: Array | None = None,
         where: Array | None = None,
         out: Array | None = None,
+        keep: bool = True,
     ) -> tuple[Array, Any]:
-        """Return y, and `active` where there is both a residual and an activation (else None)."""
+        """Return y, and `active` where there is both a residual and an activation and `keep` asks for it."""
 
     def gradient_sums(
         self,
@@ -118,6 +132,7 @@ class Machine(Protocol):
         residual: Array | None = None,
         where: Array | None = None,
         out: Array | None = None,
+        running: Running | None = None,
     ) -> Forward:
         """`moments` and `normalize` in one, for statistics that need nobody else's samples."""
 

@@ -7,8 +7,8 @@ makes no attempt at speed, and writes to no array but `out`.
 
 from typing import Any
 
-from cubn.machines import Backward, Forward, GradientSums
-from cubn.moments import Moments, reciprocal_std
+from cubn.machines import Backward, Forward, GradientSums, Running
+from cubn.moments import Moments, reciprocal_std, towards
 from cubn.namespace import Array, integer_dtype, library_of, namespace_of, widest_float
 from cubn.problem import Problem
 
@@ -60,6 +60,7 @@ def normalize(
     residual: Array | None = None,
     where: Array | None = None,
     out: Array | None = None,
+    keep: bool = True,
 ) -> tuple[Array, Array | None]:
     """y = act(gamma * (x - mean) * rstd + beta + residual), and 0 where the mask is False."""
     dtype = x.dtype
@@ -70,7 +71,7 @@ def normalize(
     if problem.activation == "relu":
         passes = _passes(z)
         z = xp.where(passes, z, xp.zeros_like(z))
-        active = passes if residual is not None else None
+        active = passes if residual is not None and keep else None
     if where is not None:
         z = xp.where(where, z, xp.zeros_like(z))
     return _into(out, xp.astype(z, dtype)), active
@@ -134,12 +135,14 @@ def forward(
     residual: Array | None = None,
     where: Array | None = None,
     out: Array | None = None,
+    running: Running | None = None,
 ) -> Forward:
     """`moments`, then `normalize`."""
     batch = moments(problem, x, where)
     rstd = reciprocal_std(batch.wide_var, problem.eps)
     y, active = normalize(problem, x, batch.wide_mean, rstd, gamma, beta, residual, where, out)
-    return Forward(y, batch, rstd, active)
+    moved = None if running is None else towards(running.mean, running.var, batch, running.weight)
+    return Forward(y, batch, rstd, active, moved)
 
 
 def backward(

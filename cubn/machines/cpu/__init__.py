@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from cubn.machines import Backward, Forward, GradientSums
+from cubn.machines import Backward, Forward, GradientSums, Running
 from cubn.machines.cpu import columns, planes
 from cubn.machines.cpu.compiling import STORED, array, compile_for
 from cubn.machines.cpu.plan import Columns, Planes, plan_columns, plan_planes
 from cubn.machines.cpu.simd import LANES
 from cubn.machines.cpu.threads import run
-from cubn.moments import Moments
+from cubn.moments import Moments, towards
 from cubn.namespace import Array
 from cubn.problem import Problem
 
@@ -55,10 +55,22 @@ def normalize(
     residual: Array | None = None,
     where: Array | None = None,
     out: Array | None = None,
+    keep: bool = True,
 ) -> tuple[Array, Any]:
     """y = act(gamma * (x - mean) * rstd + beta + residual), and 0 where the mask is False."""
     result = _forward(
-        problem, x, gamma, beta, residual, where, out, measure=False, write=True, mean=_wide(mean), rstd=_wide(rstd)
+        problem,
+        x,
+        gamma,
+        beta,
+        residual,
+        where,
+        out,
+        measure=False,
+        write=True,
+        keep=keep,
+        mean=_wide(mean),
+        rstd=_wide(rstd),
     )
     return result.y, result.active
 
@@ -71,9 +83,13 @@ def forward(
     residual: Array | None = None,
     where: Array | None = None,
     out: Array | None = None,
+    running: Running | None = None,
 ) -> Forward:
     """`moments` and `normalize` in one walk, which reads x from memory once where the cache allows."""
-    return _forward(problem, x, gamma, beta, residual, where, out, measure=True, write=True)
+    found = _forward(problem, x, gamma, beta, residual, where, out, measure=True, write=True)
+    if running is None:
+        return found
+    return found._replace(running=towards(running.mean, running.var, found.moments, running.weight))
 
 
 def gradient_sums(
@@ -155,6 +171,7 @@ def _forward(
     *,
     measure: bool,
     write: bool,
+    keep: bool = True,
     mean: Any = None,
     rstd: Any = None,
 ) -> Forward:
@@ -169,8 +186,8 @@ def _forward(
             mean[:], m2[:], rstd[:] = 0.0, 0.0, nan
             count = count if where is None else np.zeros(channels, np.int64)
         y = np.empty(x.shape, x.dtype) if out is None else out
-        keeps = problem.activation is not None and residual is not None
-        return Forward(y, Moments(count, mean, m2, statistics), rstd, _NO_BITS if keeps else None)
+        keep = keep and problem.activation is not None and residual is not None
+        return Forward(y, Moments(count, mean, m2, statistics), rstd, _NO_BITS if keep else None, None)
 
     walk, x = _walk(x)
     where = _mask(walk, where)
@@ -179,7 +196,7 @@ def _forward(
         y = out if out is not None and _conforms(walk, out) else np.empty(x.shape, x.dtype)
     add = x if residual is None else _conforming(walk, residual)
     relu = problem.activation is not None
-    keep = relu and residual is not None and write
+    keep = keep and relu and residual is not None and write
     counts = _NO_COUNTS
     if where is not _NO_MASK and measure:
         count = counts = np.empty(channels, np.int64)
@@ -200,7 +217,7 @@ def _forward(
     if out is not None and y is not out and write:
         out[...] = y
         y = out
-    return Forward(y, Moments(count, mean, m2, statistics), rstd, active if keep else None)
+    return Forward(y, Moments(count, mean, m2, statistics), rstd, active if keep else None, None)
 
 
 def _backward(

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
-from cubn.machines import Backward, Forward, GradientSums
+from cubn.machines import Backward, Forward, GradientSums, Running
 from cubn.machines.cuda.plan import (
     ITEM_BYTES,
     KERNELS,
@@ -28,7 +28,7 @@ from cubn.machines.cuda.plan import (
     moments_plan,
     normalize_plan,
 )
-from cubn.moments import Moments
+from cubn.moments import Moments, towards
 from cubn.namespace import Array, is_static_count
 from cubn.problem import Problem
 
@@ -123,6 +123,7 @@ class KernelMachine:
         residual: Array | None = None,
         where: Array | None = None,
         out: Array | None = None,
+        keep: bool = True,
     ) -> tuple[Array, Array | None]:
         """As in `cubn.machines.Machine`; `active` is one byte per element."""
         keeps = residual is not None and problem.activation is not None
@@ -140,7 +141,7 @@ class KernelMachine:
                 **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
                 active=active,
             )
-        return y.deliver(), active
+        return y.deliver(), active if keep else None
 
     @_on_its_device
     def gradient_sums(
@@ -232,11 +233,13 @@ class KernelMachine:
         residual: Array | None = None,
         where: Array | None = None,
         out: Array | None = None,
+        running: Running | None = None,
     ) -> Forward:
         """`moments`, then `normalize`: two launches."""
         batch, rstd = self._moments(problem, x, where, with_rstd=True)
         y, active = self.normalize(problem, x, batch.wide_mean, rstd, gamma, beta, residual, where, out)
-        return Forward(y, batch, rstd, active)
+        moved = None if running is None else towards(running.mean, running.var, batch, running.weight)
+        return Forward(y, batch, rstd, active, moved)
 
     def backward(
         self,
