@@ -1,17 +1,18 @@
-"""The command line: `python -m cubn demo`, `python -m cubn info`, `python -m cubn plan`."""
+"""The command line: `python -m cubn demo`, `python -m cubn fold`, `python -m cubn info`, `python -m cubn plan`."""
 
 import argparse
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import cubn
 from cubn.demo import command as demo
 from cubn.dispatch import MACHINES
+from cubn.interop import command as fold
 from cubn.machines.cuda import command as plan
 from cubn.namespace import why_no_cuda
 
@@ -100,10 +101,9 @@ def _state(machine: str) -> str:
     if machine not in MACHINES:
         what = "the CUDA kernels are " if machine == "cuda" else ""
         return f"{what}not part of this version; {instead}"
-    missing = why_no_cuda() if machine == "cuda" else None
-    if missing is not None:
-        return f"not ready: {missing}; not yet run on a GPU"
     try:
+        if machine == "cuda":
+            return _proved()
         import_module(MACHINES[machine])
         return f"ready, {_numba()}" if machine == "cpu" else "ready"
     except ImportError as error:
@@ -120,11 +120,38 @@ def _numba() -> str:
 def _cupy() -> str:
     import cupy
 
-    names = (
-        cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
-        for device in range(cupy.cuda.runtime.getDeviceCount())
+    runtime = cupy.cuda.runtime
+    driver, toolkit = (
+        f"{number // 1000}.{number % 1000 // 10}"
+        for number in (runtime.driverGetVersion(), runtime.runtimeGetVersion())
     )
-    return f"{cupy.__version__}, {', '.join(names)}"
+    names = (runtime.getDeviceProperties(device)["name"].decode() for device in range(runtime.getDeviceCount()))
+    return f"{cupy.__version__}, {', '.join(names)} (driver for CUDA {driver}, runtime of CUDA {toolkit})"
+
+
+def _proved() -> str:
+    """What every device can do, once a small batch has come out right on it; or why it cannot be used."""
+    missing = why_no_cuda()
+    if missing is not None:
+        return f"not ready: {missing}"
+    try:
+        import cupy
+
+        launch = import_module(MACHINES["cuda"])
+        devices = [launch.prove(device) for device in range(cupy.cuda.runtime.getDeviceCount())]
+    except Exception as error:  # of CuPy, the compiler or the driver: whatever it is, the user should read it here
+        return f"not ready: {error}"
+    return "a small batch came out right on " + "; ".join(_described(limits) for limits in devices)
+
+
+def _described(limits: Any) -> str:
+    able = [
+        f"{limits.shared_most / 1024:.0f} KB of shared memory a block",
+        f"{limits.cache_bytes / 2**20:.0f} MB of second-level cache",
+        f"clusters of {limits.largest_cluster}" if limits.largest_cluster > 1 else "no clusters",
+        f"{'' if limits.cooperative else 'no '}cooperative launches",
+    ]
+    return f"{limits}, {', '.join(able)}"
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +160,7 @@ def _no_options(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "demo": Command(demo.SUMMARY, demo.add_options, demo.run),
+    "fold": Command(fold.SUMMARY, fold.add_options, fold.run),
     "plan": Command(plan.SUMMARY, plan.add_options, plan.run),
     "info": Command("show versions, and which machines compute here", _no_options, info),
 }

@@ -14,6 +14,8 @@ from math import prod
 from operator import index
 from typing import Any
 
+import numpy as np
+
 from cubn.errors import ShapeError
 from cubn.namespace import Array, Library
 
@@ -62,6 +64,14 @@ class Layout:
         return tuple(self.shape[axis] for axis in self.order)
 
     @cached_property
+    def _shape_in_memory(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.memory_order)
+
+    @cached_property
+    def _admitted(self) -> dict[tuple[int, ...], bool]:
+        return {}
+
+    @cached_property
     def _straight(self) -> bool:
         return self.order == tuple(range(len(self.order)))
 
@@ -74,6 +84,8 @@ class Layout:
 
     def canonical(self, x: Array, xp: Any) -> Array:
         """x as (outer, channels, inner): a view where memory allows, else a copy."""
+        if type(x) is np.ndarray:  # without the wrappers of the standard's namespace, which take longer
+            return (x if self._straight else x.transpose(self.order)).reshape(self.outer, self.channels, self.inner)
         if not self._straight:
             x = xp.permute_dims(x, self.order)
         return xp.reshape(x, (self.outer, self.channels, self.inner))
@@ -85,14 +97,20 @@ class Layout:
 
     def allocate(self, library: Library, dtype: Any) -> tuple[Array, Array | None]:
         """A new array with the memory order of x, and its canonical view (None where it has none)."""
-        memory = library.empty(tuple(self.shape[axis] for axis in self.memory_order), dtype)
+        memory = library.empty(self._shape_in_memory, dtype)
         if self.memory_order != self.order:
             return memory.transpose(_invert(self.memory_order)), None
         view = memory.reshape(self.outer, self.channels, self.inner)
         return (memory if self._straight else memory.transpose(self._inverse)), view
 
-    def admits(self, strides: Sequence[int]) -> bool:
+    def admits(self, strides: tuple[int, ...]) -> bool:
         """True if an array of this shape with those strides can be seen in this form without a copy."""
+        known = self._admitted.get(strides)
+        if known is None:
+            known = self._admitted[strides] = self._admits(strides)
+        return known
+
+    def _admits(self, strides: tuple[int, ...]) -> bool:
         runs = _runs([axis for axis in self.order if self.shape[axis] != 1], frozenset(self.channel_axes))
         return all(_mergeable(run, self.shape, strides) for run in runs)
 

@@ -4,13 +4,14 @@ Sums are kept as wide as the machine took them (float64 wherever the device has 
 is narrowed to the dtype that statistics have for his x: float32, or float64 for float64 input.
 """
 
+import sys
 from collections.abc import Iterable
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
 
-from cubn.namespace import Array, integer_dtype, is_static_count, namespace_of
+from cubn.namespace import Array, integer_dtype, is_static_count, library_of, namespace_of
 
 
 class Moments:
@@ -116,7 +117,8 @@ class Moments:
     def _narrow(self, values: Array) -> Array:
         if self.dtype is None or values.dtype == self.dtype:
             return values
-        return namespace_of(values).astype(values, self.dtype)
+        with library_of(values).here():
+            return namespace_of(values).astype(values, self.dtype)
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
@@ -155,11 +157,26 @@ def reciprocal_std(var: Array, eps: float) -> Array:
     (x - mean) / std as the samples of a constant channel approach their mean, and gives exactly beta.
     The guarded value stays out of the power as well, so that no autodiff sees 0 * infinity.
     """
+    library = library_of(var)
+    if library.name == "cupy":
+        with library.here():
+            return _reciprocal_std_of_cupy()(var, eps)
     xp = namespace_of(var)
     total = var + eps
     zero = total == 0
     one = xp.ones_like(total)
     return xp.where(zero, xp.zeros_like(total), xp.where(zero, one, total) ** -0.5)
+
+
+@lru_cache(maxsize=1)
+def _reciprocal_std_of_cupy() -> Any:
+    """The same in one launch instead of seven: inference waits for nothing else."""
+    return sys.modules["cupy"].ElementwiseKernel(
+        "T var, float64 eps",
+        "T rstd",
+        "const double total = double(var) + eps; rstd = total == 0.0 ? 0.0 : 1.0 / sqrt(total)",
+        "cubn_reciprocal_std",
+    )
 
 
 def _union_per_channel(p: Moments, q: Moments, dtype: Any) -> Moments:

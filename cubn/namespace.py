@@ -1,8 +1,9 @@
 """Which library owns an array, and what that library can do.  Imports none that is not loaded already."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -24,6 +25,9 @@ STATISTICS_DTYPE = {
 """Element type of x -> element type of statistics, gamma, beta and running state.  The only such table."""
 
 
+NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
 @dataclass(frozen=True)
 class Library:
     """An array library and the device of one array of it.
@@ -34,13 +38,16 @@ class Library:
         "numpy", "cupy", "torch", "jax", "dask" or the top-level package of any other.
     xp : module
         Its namespace in the terms of the array API standard.
+    place : hashable
+        Where the array lives: CuPy's number of the device, NumPy's None, and what others call their device.
     device : object
-        Where the array lives, in the library's own terms.  None for NumPy.
+        The same in the library's own terms.  CuPy's devices have no hash.
     """
 
     name: str
-    xp: Any
-    device: Any
+    xp: Any = field(compare=False)
+    place: Hashable
+    device: Any = field(compare=False)
 
     @property
     def is_numpy(self) -> bool:
@@ -62,7 +69,16 @@ class Library:
         """Uninitialised memory, C-contiguous."""
         if self.is_numpy:
             return np.empty(shape, dtype)
+        if self.name == "cupy":
+            with self.here():  # the standard's namespace for CuPy takes a device and does not look at it
+                return sys.modules["cupy"].empty(shape, dtype)
         return self.xp.empty(shape, dtype=dtype, device=self.device)
+
+    def here(self) -> AbstractContextManager[Any]:
+        """The device as the current one: CuPy allocates and computes there, wherever its arrays are."""
+        if self.name == "cupy" and sys.modules["cupy"].cuda.runtime.getDevice() != self.place:
+            return self.device  # type: ignore[no-any-return]
+        return NOTHING
 
     def dtype(self, name: str) -> Any:
         """The library's dtype object of that name."""
@@ -76,17 +92,32 @@ def library_of(x: Array) -> Library:
     """The library and device of an array; TypeError if it is no array of any."""
     if isinstance(x, np.ndarray):
         return _numpy()
+    if _is_cupy(x):
+        return _cupy(x.data.device_id)
     xp = array_api_compat.array_namespace(x)
     name = type(x).__module__.partition(".")[0]
-    for known in ("cupy", "torch", "jax", "dask"):
+    for known in ("torch", "jax", "dask"):
         if getattr(array_api_compat, f"is_{known}_array")(x):
             name = known
-    return Library(name, xp, array_api_compat.device(x))
+    device = array_api_compat.device(x)
+    return Library(name, xp, device, device)
 
 
 @lru_cache(maxsize=1)
 def _numpy() -> Library:
-    return Library("numpy", _numpy_namespace(), None)
+    return Library("numpy", _numpy_namespace(), None, None)
+
+
+def _is_cupy(x: Any) -> bool:
+    cupy = sys.modules.get("cupy")  # faster than array_api_compat's, and asked many times in a call
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+@lru_cache(maxsize=64)
+def _cupy(device: int) -> Library:
+    import array_api_compat.cupy
+
+    return Library("cupy", array_api_compat.cupy, device, sys.modules["cupy"].cuda.Device(device))
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +148,7 @@ def adopt(x: Any, name: str = "x") -> tuple[Array, Library]:
 
 def is_array(x: Any) -> bool:
     """True for an array of some library, False for lists, scalars (NumPy's too) and everything else."""
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) or _is_cupy(x):
         return True
     return not isinstance(x, np.generic) and bool(array_api_compat.is_array_api_obj(x))
 
@@ -125,7 +156,8 @@ def is_array(x: Any) -> bool:
 def require_same_library(name: str, array: Array, library: Library, leader: str = "x") -> None:
     """Raise `DeviceError` unless `array` lives in the library and on the device of `leader`."""
     other = library_of(array)
-    if other.name != library.name or other.device != library.device:
+    traced = other.name == library.name == "jax" and None in (other.place, library.place)  # it has no device yet
+    if other != library and not traced:
         raise DeviceError(
             f"{name} is an array of {other}, but {leader} is one of {library}; pass {name} as an array of {library}."
         )
@@ -147,12 +179,12 @@ def widest_float(library: Library) -> Any:
     """float64, or float32 on a device that has nothing wider."""
     if library.is_numpy:
         return np.dtype(np.float64)
-    return _widest_float(library.xp, library.device)
+    return _widest_float(library)
 
 
 @lru_cache(maxsize=64)
-def _widest_float(xp: Any, device: Any) -> Any:
-    floats = xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+def _widest_float(library: Library) -> Any:
+    floats = library.xp.__array_namespace_info__().dtypes(device=library.device, kind="real floating")
     return floats.get("float64", floats["float32"])
 
 
@@ -174,11 +206,13 @@ def may_overlap(a: Array, b: Array) -> bool:
     if not is_array(b):  # a list or a number was copied
         return False
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        if not np.may_share_memory(a, b):  # by their bounds
+            return False
         try:
             return np.shares_memory(a, b, max_work=1000)  # type: ignore[arg-type]  # the stub knows 0 and -1 only
         except np.exceptions.TooHardError:
             return True
-    if array_api_compat.is_cupy_array(a):
+    if _is_cupy(a):
         return bool(sys.modules["cupy"].may_share_memory(a, b))
     if array_api_compat.is_torch_array(a):
         return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())

@@ -22,16 +22,22 @@ __device__ inline Affine affine(double mean, double scale, double shift)
     Affine map;
     map.mean = ACC_T(mean);
     map.scale = narrow(scale);
-    map.shift = narrow(shift - (mean - map.mean) * scale);
+    // Below float's normal numbers x counts as zero, and so must the mean, or a constant would leave a trace.
+    const double lost = sizeof(ACC_T) == 4 && fabs(mean) < 0x1p-126 ? 0 : mean - map.mean;
+    map.shift = narrow(shift - lost * scale);
     return map;
 }
 
 // z before the residual and the activation.  gamma and beta may be null: 1 and 0.
+__device__ inline Affine normalizing(index_t channel, double mean, double rstd, const ACC_T *gamma, const ACC_T *beta)
+{
+    return affine(mean, rstd * (gamma ? gamma[channel] : ACC_T(1)), beta ? beta[channel] : ACC_T(0));
+}
+
 __device__ inline Affine normalizing(index_t channel, const double *mean, const double *rstd, const ACC_T *gamma,
                                      const ACC_T *beta)
 {
-    const double scale = rstd[channel] * (gamma ? gamma[channel] : ACC_T(1));
-    return affine(mean[channel], scale, beta ? beta[channel] : ACC_T(0));
+    return normalizing(channel, mean[channel], rstd[channel], gamma, beta);
 }
 
 // xhat = (x - mean) * rstd.

@@ -5,42 +5,19 @@
 //
 //   Shapes     dy, x (outer, channels, inner) X_T, each with a stride of its own from row to row
 //              mean, rstd (channels,) double      gamma, beta (channels,) ACC_T, or null for 1 and 0
-//              where, active  the shape of x, dense, bytes      sum_dy, sum_dy_xhat (channels,) ACC_T
+//              where  the shape of x, dense, bytes      active  as in marks.cuh
+//              sum_dy, sum_dy_xhat (channels,) ACC_T
 //   Launch     gradient_sums_plan: 1-D grid of any size, each block takes whole tiles
 //   Traffic    one read of dy and of x, of where when WHERE, of active when KEPT; partials only where a channel is
 //              spread over several tiles
 //   Rounding   a thread sums in ACC_T, at most 32 terms at a time, then in double; threads and blocks are added in
 //              double, in the order of their indices
 //   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0;  RELU (0/1);
-//              KEPT (0/1): read from active where ReLU let z pass, rather than compute it again from x
+//              KEPT (0, 1, 2): read from active where ReLU let z pass, rather than compute it again from x; marks.cuh
 
-#include "affine.cuh"
+#include "marks.cuh"
+#include "sums.cuh"
 #include "union.cuh"
-
-struct Sums {
-    double dy;
-    double dy_xhat;
-};
-
-__device__ inline Sums unite(Sums p, Sums q) { return {p.dy + q.dy, p.dy_xhat + q.dy_xhat}; }
-
-// Terms of one channel, as one thread collects them.
-struct Terms {
-    ACC_T dy, dy_xhat;  // since the last settle()
-    Sums settled;
-
-    __device__ void take(ACC_T dz, ACC_T xhat)
-    {
-        dy += dz;
-        dy_xhat = fma(dz, xhat, dy_xhat);
-    }
-
-    __device__ void settle()
-    {
-        settled = unite(settled, Sums{dy, dy_xhat});
-        dy = dy_xhat = 0;
-    }
-};
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const unsigned char *where,
@@ -69,7 +46,8 @@ gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, 
             for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {
                 Window window[UNROLL];
                 Vector slopes[UNROLL], values[UNROLL];
-                Bytes mask[UNROLL], kept[UNROLL];
+                Bytes mask[UNROLL];
+                unsigned kept[UNROLL];
 #pragma unroll
                 for (int u = 0; u < UNROLL; ++u) {
                     window[u] = walk.next(tiles, x, x_stride);
@@ -77,7 +55,7 @@ gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, 
                     slopes[u] = load(dy, dy_stride, window[u]);
                     values[u] = load(x, x_stride, window[u]);
                     if (WHERE) mask[u] = load(where, tiles, window[u]);
-                    if (KEPT) kept[u] = load(active, tiles, window[u]);
+                    if (KEPT) kept[u] = passed(active, tiles, window[u]);
                 }
 #pragma unroll
                 for (int u = 0; u < UNROLL; ++u) {
@@ -87,8 +65,8 @@ gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, 
                         const int l = COLUMN ? i : 0;
                         const ACC_T v = to_acc(values[u].at[i]);
                         if (!window[u].holds(i) || (WHERE && !mask[u].at[i])) continue;
-                        const bool passed = !RELU || (KEPT ? kept[u].at[i] : passes(maps[l](v)));
-                        terms[l].take(passed ? to_acc(slopes[u].at[i]) : ACC_T(0), hats[l](v));
+                        const bool open = !RELU || (KEPT ? kept[u] >> i & 1 : passes(maps[l](v)));
+                        terms[l].take(open ? to_acc(slopes[u].at[i]) : ACC_T(0), hats[l](v));
                     }
                 }
             }

@@ -4,7 +4,8 @@
 //
 //   Shapes     dy, x, dx, dresidual (outer, channels, inner) X_T, each with a stride of its own from row to row
 //              mean, rstd (channels,) double      gamma, beta (channels,) ACC_T, or null for 1 and 0
-//              where, active  the shape of x, dense, bytes      sum_dy, sum_dy_xhat (channels,) ACC_T
+//              where  the shape of x, dense, bytes      active  as in marks.cuh
+//              sum_dy, sum_dy_xhat (channels,) ACC_T
 //              counts (channels,), or null where every channel has `count` samples
 //   Launch     input_gradient_plan: 1-D grid of any size, each block takes whole tiles, the last ones first, because
 //              they are what the second-level cache still holds of the dy and x that gradient_sums has read
@@ -16,33 +17,8 @@
 //              dx = gamma * rstd * dz;  RELU, KEPT, WHERE as in gradient_sums.cu;  SPLIT (0/1): write dz too, which
 //              is the gradient of the residual
 
-#include "affine.cuh"
-#include "tiles.cuh"
-
-// What the statistics' own dependence on x takes away from dz, and what scales the rest.
-struct Pull {
-    ACC_T mean, slope, offset, scale;
-
-    __device__ ACC_T operator()(ACC_T dz, ACC_T x) const
-    {
-        return TRAIN ? scale * (dz + fma(x - mean, slope, offset)) : scale * dz;
-    }
-};
-
-// `share` is one sample's, 1 / M.
-__device__ inline Pull pull(index_t c, const double *mean, const double *rstd, const ACC_T *gamma, const ACC_T *sum_dy,
-                            const ACC_T *sum_dy_xhat, double share)
-{
-    Pull p = {};
-    p.scale = narrow(rstd[c] * (gamma ? gamma[c] : ACC_T(1)));
-    if (TRAIN) {
-        const Affine towards = affine(mean[c], -rstd[c] * sum_dy_xhat[c] * share, -sum_dy[c] * share);
-        p.mean = towards.mean;
-        p.slope = towards.scale;
-        p.offset = towards.shift;
-    }
-    return p;
-}
+#include "marks.cuh"
+#include "pull.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 input_gradient(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const unsigned char *where,
@@ -64,13 +40,15 @@ input_gradient(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride,
             const index_t c = channel.next(tiles);
             if (GATE) maps[l] = normalizing(c, mean, rstd, gamma, beta);
             const double share = 1.0 / max(counts ? counts[c] : count, index_t(1));
-            pulls[l] = pull(c, mean, rstd, gamma, sum_dy, sum_dy_xhat, share);
+            const ACC_T all_dy = TRAIN ? sum_dy[c] : ACC_T(0), all_dy_xhat = TRAIN ? sum_dy_xhat[c] : ACC_T(0);
+            pulls[l] = pull(c, mean, rstd, gamma, all_dy, all_dy_xhat, share);
         }
 
         while (walk.step < walk.steps) {
             Window window[UNROLL];
             Vector slopes[UNROLL], values[UNROLL];
-            Bytes mask[UNROLL], kept[UNROLL];
+            Bytes mask[UNROLL];
+            unsigned kept[UNROLL];
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
                 window[u] = walk.next(tiles, dy, dy_stride);
@@ -78,7 +56,7 @@ input_gradient(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride,
                 slopes[u] = load(dy, dy_stride, window[u]);
                 if (TRAIN || GATE) values[u] = load(x, x_stride, window[u]);
                 if (WHERE) mask[u] = load(where, tiles, window[u]);
-                if (KEPT) kept[u] = load(active, tiles, window[u]);
+                if (KEPT) kept[u] = passed(active, tiles, window[u]);
             }
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
@@ -88,11 +66,11 @@ input_gradient(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride,
                 for (int i = 0; i < VEC; ++i) {
                     const int l = COLUMN ? i : 0;
                     const ACC_T v = TRAIN || GATE ? to_acc(values[u].at[i]) : ACC_T(0);
-                    const bool admitted = !WHERE || mask[u].at[i];
-                    const bool passed = admitted && (!RELU || (KEPT ? kept[u].at[i] : passes(maps[l](v))));
-                    const ACC_T dz = passed ? to_acc(slopes[u].at[i]) : ACC_T(0);
+                    const bool counts_in = !WHERE || mask[u].at[i];
+                    const bool open = counts_in && (!RELU || (KEPT ? kept[u] >> i & 1 : passes(maps[l](v))));
+                    const ACC_T dz = open ? to_acc(slopes[u].at[i]) : ACC_T(0);
                     residual.at[i] = from_acc(dz);
-                    slopes[u].at[i] = from_acc(admitted ? pulls[l](dz, v) : ACC_T(0));
+                    slopes[u].at[i] = from_acc(counts_in ? pulls[l](dz, v) : ACC_T(0));
                 }
                 store(dx, dx_stride, window[u], slopes[u]);
                 if (SPLIT) store(dresidual, dresidual_stride, window[u], residual);

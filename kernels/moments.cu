@@ -13,47 +13,8 @@
 //   Range      float: squares of x - pivot must stay in float's range, so distances between 1e-18 and 1e18
 //   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0
 
-#include "moments.cuh"
+#include "samples.cuh"
 #include "union.cuh"
-
-// Samples of one channel, as one thread collects them.
-struct Samples {
-    int count;
-    ACC_T pivot, sum, squares;           // of x - pivot, since the last settle()
-    double settled_sum, settled_squares; // of all before that
-
-    __device__ void take(ACC_T x, bool first)
-    {
-        if (first) pivot = x;
-        const ACC_T distance = x - pivot;
-        sum += distance;
-        squares = fma(distance, distance, squares);
-    }
-
-    __device__ void settle()
-    {
-        settled_sum += sum;
-        settled_squares += squares;
-        sum = squares = 0;
-    }
-
-    // The mean counts from `origin`.
-    __device__ Moments moments(double origin) const
-    {
-        const double shift = settled_sum * (1.0 / count);
-        const double m2 = settled_squares - settled_sum * shift;
-        return {count, widen(pivot) - origin + shift, m2 < 0 ? 0 : m2};  // NaN stays
-    }
-};
-
-// What the means of a channel count from while they are merged: one of its samples, so that a large mean costs the
-// gaps between them no digit.  Where x is narrower than double, double has those digits anyway.
-__device__ inline double origin(const X_T *x, const unsigned char *where, index_t first)
-{
-    if (X_TYPE != 3 || (WHERE && !where[first])) return 0;
-    const double sample = to_acc(x[first]);
-    return isfinite(sample) ? sample : 0;
-}
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 moments(const X_T *x, index_t x_stride, const unsigned char *where, double eps,
@@ -108,10 +69,9 @@ moments(const X_T *x, index_t x_stride, const unsigned char *where, double eps,
                 samples[l].count ? samples[l].moments(origin(x, where, c * inner)) : Moments{};
         }
         merge(tiles, walk, sets, partials, arrivals, [&](index_t c, const Moments &all) {
-            const double total = all.m2 / all.count + eps;  // NaN for a channel without samples
             mean[c] = origin(x, where, c * inner) + all.mean;
             m2[c] = all.m2;
-            if (rstd) rstd[c] = total == 0 ? 0 : 1 / sqrt(total);
+            if (rstd) rstd[c] = reciprocal_deviation(all, eps);
             if (WHERE) count[c] = all.count;
         });
     }

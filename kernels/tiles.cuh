@@ -76,10 +76,10 @@ struct Walk {
     int row_step, window_step;
     int steps, step;
 
-    __device__ Walk(const Tiles &tiles, int tile)
+    __device__ Walk(const Tiles &tiles, int tile) : Walk(tiles, tile % tiles.groups, tile / tiles.groups) {}
+
+    __device__ Walk(const Tiles &tiles, int group, int split) : group(group), split(split)
     {
-        split = tile / tiles.groups;
-        group = tile - split * tiles.groups;
         step = 0;
         if (COLUMN) {
             const int down = threadIdx.x / tiles.width;
@@ -105,6 +105,33 @@ struct Walk {
     // The next window.  `anchor` is any tensor of the call, with its stride: they all lie alike, up to whole windows.
     __device__ Window next(const Tiles &tiles, const X_T *anchor, index_t stride)
     {
+        const Window w = here(tiles, anchor, stride);
+        ++step;
+        row += row_step;
+        window += window_step;
+        if (window >= tiles.windows) {
+            window -= tiles.windows;
+            ++row;
+        }
+        return w;
+    }
+
+    // The one before the next: what next() gave last, if nothing else was called in between.
+    __device__ Window back(const Tiles &tiles, const X_T *anchor, index_t stride)
+    {
+        --step;
+        row -= row_step;
+        window -= window_step;
+        if (window < 0) {
+            window += tiles.windows;
+            --row;
+        }
+        return here(tiles, anchor, stride);
+    }
+
+  private:
+    __device__ Window here(const Tiles &tiles, const X_T *anchor, index_t stride) const
+    {
         Window w;
         w.row = row;
         w.offset = window * VEC;
@@ -119,13 +146,6 @@ struct Walk {
             w.offset -= lead;
             w.first = window == 0 ? lead : 0;
             w.last = int(max(index_t(0), min(index_t(VEC), tiles.inner + lead - window * VEC)));
-        }
-        ++step;
-        row += row_step;
-        window += window_step;
-        if (window >= tiles.windows) {
-            window -= tiles.windows;
-            ++row;
         }
         return w;
     }

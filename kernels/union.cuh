@@ -59,6 +59,30 @@ __device__ Set read_shared_out(const Set *from)
     return raw.set;
 }
 
+// Merges what the threads of a tile hold and calls publish(run, set) once for each run of the tile that exists.
+// Called by all threads of the block, with sets as merge() takes them.
+template <class Set, class Publish>
+__device__ void gather_runs(const Tiles &tiles, int group, Set *sets, Publish publish)
+{
+    const int run_length = COLUMN ? int(tiles.inner) : 1;
+    const int runs = COLUMN ? tiles.runs() : 1;
+    const int sets_of_a_run = run_length * tiles.high();
+    const index_t all_runs = tiles.channels * tiles.fold;
+
+    __syncthreads();
+    const int team = team_for(runs, sets_of_a_run);
+    for (int first = 0; first < runs; first += BLOCK / team) {
+        const int here = first + threadIdx.x / team;
+        const bool exists = here < runs && index_t(group) * runs + here < all_runs;
+        const Set all = gather<Set>(team, exists ? sets_of_a_run : 0, [&](int i) {
+            const int down = i / run_length;
+            const int column = here * run_length + i - down * run_length;
+            return sets[column % LANES * BLOCK + down * tiles.width + column / LANES];
+        });
+        if (exists && threadIdx.x % team == 0) publish(here, all);
+    }
+}
+
 // Merges what the threads of this tile hold, and what the tiles of its channels hold, and calls
 // finish(channel, set) exactly once for each channel in the whole grid, in one thread.
 //
@@ -71,27 +95,12 @@ template <class Set, class Finish>
 __device__ void merge(const Tiles &tiles, const Walk &walk, Set *sets, Set *partials, unsigned *arrivals, Finish finish)
 {
     const bool alone = tiles.splits == 1 && tiles.fold == 1;
-    const int run_length = COLUMN ? int(tiles.inner) : 1;
     const int runs = COLUMN ? tiles.runs() : 1;
-    const int sets_of_a_run = run_length * tiles.high();
-    const index_t all_runs = tiles.channels * tiles.fold;
-
-    __syncthreads();
-    const int team = team_for(runs, sets_of_a_run);
-    for (int first = 0; first < runs; first += BLOCK / team) {
-        const int here = first + threadIdx.x / team;
-        const index_t run = index_t(walk.group) * runs + here;
-        const bool exists = here < runs && run < all_runs;
-        const Set all = gather<Set>(team, exists ? sets_of_a_run : 0, [&](int i) {
-            const int down = i / run_length;
-            const int column = here * run_length + i - down * run_length;
-            return sets[column % LANES * BLOCK + down * tiles.width + column / LANES];
-        });
-        if (exists && threadIdx.x % team == 0) {
-            if (alone) finish(run, all);
-            else partials[walk.split * all_runs + run] = all;
-        }
-    }
+    const index_t begin_of_runs = index_t(walk.group) * runs;
+    gather_runs(tiles, walk.group, sets, [&](int here, const Set &all) {
+        if (alone) finish(begin_of_runs + here, all);
+        else partials[walk.split * tiles.channels * tiles.fold + begin_of_runs + here] = all;
+    });
     __threadfence();
     __syncthreads();
     if (alone) return;
@@ -107,7 +116,7 @@ __device__ void merge(const Tiles &tiles, const Walk &walk, Set *sets, Set *part
     if (!last) return;
     __threadfence();
 
-    const index_t begin = tiles.fold == 1 ? index_t(walk.group) * runs : 0;
+    const index_t begin = tiles.fold == 1 ? begin_of_runs : 0;
     const index_t end = tiles.fold == 1 ? min(begin + runs, tiles.channels) : tiles.channels;
     const int length = tiles.splits * tiles.fold;
     const int crew = team_for(end - begin, length);

@@ -6,9 +6,14 @@ import oracle
 import pytest
 
 import cubn
+from cubn.namespace import why_no_cuda
 
-MACHINES = ("reference", "cpu", "host")
-"""Machines that serve NumPy arrays; `host` is the CUDA kernels' own text, executed on the CPU (tests/host)."""
+MACHINES = ("reference", "cpu", "host", pytest.param("gpu", marks=pytest.mark.gpu))
+"""Machines that serve NumPy arrays: `host` is the CUDA kernels' own text, executed on the CPU (tests/host), and `gpu`
+the same kernels on a GPU, to which every argument is copied (tests/gpu_machine.py; `pytest -m gpu`)."""
+
+KERNELS = {"host": "host_machine", "gpu": "gpu_machine"}
+"""Machine of the CUDA kernels -> the module of the tests that it is."""
 
 
 @pytest.fixture(params=MACHINES)
@@ -17,12 +22,18 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     name = request.param
     if name == "cpu" and importlib.util.find_spec("numba") is None:
         pytest.skip("the CPU machine needs Numba, which is not installed")
+    if name == "gpu" and (reason := why_no_cuda()):
+        pytest.skip(f"needs a GPU: {reason}")
     if name == "host":
         from host.build import missing
 
         if missing():
             pytest.skip(missing())
-        monkeypatch.setitem(cubn.dispatch.MACHINES, "host", "host_machine")
+    if name == "reference":  # does everything as wide as its sums
+        for dtype, unit in oracle.ARITHMETIC.items():
+            monkeypatch.setitem(oracle.ELEMENTS, dtype, unit)
+    if name in KERNELS:
+        monkeypatch.setitem(cubn.dispatch.MACHINES, name, KERNELS[name])
         for dtype in ("float16", "bfloat16", "float32"):
             monkeypatch.setitem(oracle.ARITHMETIC, dtype, oracle.ROUNDOFF["float32"])
     with cubn.dispatch.use_machine(name):

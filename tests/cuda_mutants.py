@@ -6,6 +6,7 @@ line: both maps, ragged and whole, alone and in many tiles, with options and wit
 
 import host_machine
 import test_cuda_kernels
+import test_cuda_teams
 from host.mutants import Subject
 from host.nvrtc import compile_ptx
 
@@ -43,17 +44,33 @@ CHECKS = {
         ("columns, odd", {}),
         ("columns of short runs", {"where": True}),
     ],
+    "forward": [
+        ("block, planes in shared memory", {}),
+        ("block, columns", {}),
+        ("cluster, more channels than clusters", {}),
+        ("cluster, columns", {}),
+        ("grid, more ragged planes than teams", {}),
+        ("grid, columns", {}),
+    ],
+    "backward": [
+        ("block, planes in shared memory", {"residual": True, "relu": True}),
+        ("block, planes read again", {}),
+        ("block, columns", {"where": True}),
+    ],
 }
 FILES = {
     "moments": ("moments.cu", "union.cuh", "moments.cuh"),
     "normalize": ("normalize.cu", "affine.cuh", "tiles.cuh"),
     "gradient_sums": ("gradient_sums.cu",),
     "input_gradient": ("input_gradient.cu",),
+    "forward": ("team.cuh", "held.cuh", "samples.cuh", "forward.cu"),
+    "backward": ("sums.cuh", "pull.cuh", "marks.cuh", "backward.cu"),
 }
 """Each header is broken in one kernel that reaches all of it."""
 
 ROUNDS = "(32 + UNROLL * VEC - 1) / (UNROLL * VEC);"
 REDUNDANT = {
+    "forward": {"delete __threadfence(); in: __threadfence();": "of the second: the load before it acquires already"},
     "moments": {
         "< -> <= in: for (int i = 0; i < WORDS; ++i) raw.word[i] = "
         "__shfl_down_sync(0xffffffffu, raw.word[i], distance);": "a word that no set has; the compiler drops it",
@@ -107,48 +124,56 @@ REDUNDANT = {
 class OneBroken(host_machine.HostBackend):
     """Launches one kernel from another text."""
 
-    def __init__(self, kernel, text):
-        super().__init__()
+    def __init__(self, kernel, text, device):
+        super().__init__(device)
         self.broken, self.text = kernel, text
-        self._sound = host_machine.BACKEND
+        self._sound = host_machine.HostBackend(device)
+        self._sound._kernels = host_machine.BACKEND._kernels
 
     def kernel(self, plan):
         if plan.kernel != self.broken:
             return self._sound.kernel(plan)
-        if plan not in self._kernels:
-            self._kernels[plan] = host_machine.Kernel(self.text, plan.kernel, defines=dict(plan.constants))
-        return self._kernels[plan]
+        if plan.constants not in self._kernels:
+            arch = 90 if plan.cluster > 1 else 80
+            self._kernels[plan.constants] = host_machine.Kernel(self.text, plan.kernel, dict(plan.constants), arch)
+        return self._kernels[plan.constants]
+
+
+def machine_and_case(kernel, regime, options, text=None):
+    """What runs the regime with a kernel from another text; the fused kernels on the devices of their tests."""
+    teams = kernel in ("forward", "backward")
+    device, shape = test_cuda_teams.REGIMES[regime] if teams else (host_machine.TINY, test_cuda_kernels.REGIMES[regime])
+    backend = OneBroken(kernel, translation_unit(f"{kernel}.cu") if text is None else text, device)
+    machine = (host_machine.KernelMachine if teams else host_machine.Apart)("host", backend)
+    seed = test_cuda_kernels.kink_free_seed(shape, options)
+    return machine, lambda: test_cuda_kernels.Case(shape, seed=seed, **options)
 
 
 def check(kernel):
     def run(text):
-        machine = host_machine.KernelMachine("host", OneBroken(kernel, text))
         for regime, options in CHECKS[kernel]:
-            shape = test_cuda_kernels.REGIMES[regime]
-            seed = test_cuda_kernels.kink_free_seed(shape, options)
+            machine, case = machine_and_case(kernel, regime, options, text)
             for schedule in (0, 1, 5):
                 machine.backend.seed = schedule
-                test_cuda_kernels.Case(shape, seed=seed, **options).check(machine)
+                case().check(machine)
 
     return run
 
 
 def same(kernel):
     """What NVRTC makes of a text for every specialisation that is checked."""
-    plans = []
+    constants = set()
     for regime, options in CHECKS[kernel]:
-        shape = test_cuda_kernels.REGIMES[regime]
-        case = test_cuda_kernels.Case(shape, seed=test_cuda_kernels.kink_free_seed(shape, options), **options)
-        backend = host_machine.HostBackend()
-        backend._kernels = host_machine.BACKEND._kernels
-        case.check(host_machine.KernelMachine("host", backend))
-        plans += [launch.plan for launch in backend.launches if launch.plan.kernel == kernel]
-    constants = {plan.constants for plan in plans}
-    return lambda text: tuple(compile_ptx(text, kernel, dict(each), 80) for each in sorted(constants))
+        machine, case = machine_and_case(kernel, regime, options)
+        case().check(machine)
+        launched = [launch.plan for launch in machine.backend.launches]
+        constants |= {(plan.constants, 90 if plan.cluster > 1 else 80) for plan in launched if plan.kernel == kernel}
+    return lambda text: tuple(compile_ptx(text, kernel, dict(each), arch) for each, arch in sorted(constants))
 
 
 def subjects():
     return [
-        Subject(kernel, translation_unit(f"{kernel}.cu"), check(kernel), same(kernel), FILES[kernel], REDUNDANT[kernel])
+        Subject(kernel, translation_unit(f"{kernel}.cu"), check(kernel), same(kernel), FILES[kernel],
+                REDUNDANT.get(kernel, {}))
         for kernel in CHECKS
     ]  # fmt: skip

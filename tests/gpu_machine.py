@@ -1,7 +1,8 @@
 """The machine named `gpu`: NumPy in, NumPy out, computed by the CUDA kernels on a GPU.
 
 For the suite of all machines, which holds NumPy arrays: every argument of a launch is copied to the device, to the
-same distance from a vector boundary and with the same strides, and every result back.
+same distance from a vector boundary and with the same strides, and every result back.  A result holds poison, NaN or
+-1, until the kernel has written it.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ BOUNDARY = 256
 
 
 class MirroringBackend:
-    """Launches like CuPy's backend, but on copies of NumPy memory."""
+    """Launches as CuPy's backend does, but on copies of NumPy memory."""
 
     @cached_property
     def _device(self) -> Any:
@@ -32,12 +33,23 @@ class MirroringBackend:
     def limits(self) -> DeviceLimits:
         return self._device.limits()
 
+    def resident(self, plan: LaunchPlan) -> int:
+        return self._device.resident(plan)
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.empty(shape, dtype)
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = np.full(size + BOUNDARY, 0xFF, np.uint8)
+        start = -memory.ctypes.data % BOUNDARY
+        return memory[start : start + size].view(dtype).reshape(shape)
 
     def contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
         array = np.ascontiguousarray(array, dtype)
-        return array if array.ctypes.data % 16 == 0 else array.copy()
+        if array.ctypes.data % 16:
+            aligned = self.empty(array.shape, array.dtype)
+            aligned[...] = array
+            array = aligned
+        return array
 
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
@@ -46,35 +58,49 @@ class MirroringBackend:
         return self._device.workspace(plan)
 
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
-        import cupy
-
-        mirrors: dict[int, tuple[np.ndarray, Any]] = {}
-        passed = {}
+        mirrors: list[_Mirror] = []
+        passed = dict(arguments)
         for name, value in arguments.items():
-            passed[name] = value
             if isinstance(value, np.ndarray):
-                low, high = np.lib.array_utils.byte_bounds(value)
-                if low not in mirrors:  # a result in place of an input shares its copy
-                    host = np.ndarray(high - low, np.uint8, _bytes_at(low, high - low))
-                    device = cupy.empty(high - low + 2 * BOUNDARY, np.uint8)
-                    start = (low - device.data.ptr) % BOUNDARY
-                    device = device[start : start + high - low]
-                    device.set(host)
-                    mirrors[low] = (host, device)
-                passed[name] = np.uint64(mirrors[low][1].data.ptr + value.ctypes.data - low)
+                mirror = next((mirror for mirror in mirrors if mirror.covers(value)), None)
+                if mirror is None:
+                    mirror = _Mirror(value)
+                    mirrors.append(mirror)
+                passed[name] = mirror.address(value)
         self._device.launch(plan, passed)
         for name in KERNELS[plan.kernel][1].split():
             value = arguments[name]
             if isinstance(value, np.ndarray):
-                low, high = np.lib.array_utils.byte_bounds(value)
-                fetched = cupy.asnumpy(mirrors[low][1])
-                value[...] = np.ndarray(
-                    value.shape, value.dtype, fetched.data, value.ctypes.data - low, value.strides
-                )  # fmt: skip
+                next(mirror for mirror in mirrors if mirror.covers(value)).fetch_into(value)
 
 
-def _bytes_at(address: int, size: int) -> Any:
-    return (ctypes.c_char * size).from_address(address)
+class _Mirror:
+    """The place on the device of the bytes between the first and the last of a NumPy array."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        import cupy
+
+        self.low, self.high = _bounds(array)
+        size = self.high - self.low
+        memory = cupy.empty(size + BOUNDARY, np.uint8)
+        start = (self.low - memory.data.ptr) % BOUNDARY
+        self.memory = memory[start : start + size]
+        self.memory.set(np.frombuffer((ctypes.c_char * size).from_address(self.low), np.uint8))
+
+    def covers(self, array: np.ndarray) -> bool:
+        low, high = _bounds(array)
+        return self.low <= low and high <= self.high
+
+    def address(self, array: np.ndarray) -> int:
+        return int(self.memory.data.ptr) + array.ctypes.data - self.low
+
+    def fetch_into(self, array: np.ndarray) -> None:
+        fetched = self.memory.get()
+        array[...] = np.ndarray(array.shape, array.dtype, fetched.data, array.ctypes.data - self.low, array.strides)
+
+
+def _bounds(array: np.ndarray) -> tuple[int, int]:
+    return np.lib.array_utils.byte_bounds(array) if array.size else (array.ctypes.data,) * 2
 
 
 MACHINE = KernelMachine("gpu", MirroringBackend())

@@ -5,13 +5,14 @@ poison instead of what a result held before, and results are copied back.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from host.executor import Kernel, device_array, device_empty, unwritten
 
-from cubn.machines.cuda.machine import KernelMachine, typed_arguments
-from cubn.machines.cuda.plan import KERNELS, DeviceLimits, LaunchPlan
+from cubn.machines.cuda.machine import WORKSPACE, KernelMachine, typed_arguments
+from cubn.machines.cuda.plan import KERNELS, DeviceLimits, LaunchPlan, blocks_at_once
 from cubn.machines.cuda.source import translation_unit
 
 TINY = DeviceLimits("tiny", arch=80, processors=2, threads_per_block=64, grid=3)
@@ -54,6 +55,7 @@ class HostBackend:
         self.allocated: list[int] = []
         self._kernels: dict[Any, Kernel] = {}
         self._arrivals = np.zeros(0, np.uint32)
+        self._barriers = np.zeros(0, np.uint32)
 
     def on_device_of(self, array: np.ndarray) -> Any:
         return nullcontext()
@@ -72,23 +74,29 @@ class HostBackend:
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
-    def workspace(self, plan: LaunchPlan) -> tuple[np.ndarray, np.ndarray]:
+    def workspace(self, plan: LaunchPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self._arrivals.size < plan.arrivals:
             self._arrivals = device_array(np.zeros(plan.arrivals, np.uint32), "arrivals")
-        return device_empty(plan.partial_bytes, np.uint8, "partials"), self._arrivals
+        if self._barriers.size < plan.barriers:
+            self._barriers = device_array(np.zeros(plan.barriers, np.uint32), "barriers")
+        return device_empty(plan.partial_bytes, np.uint8, "partials"), self._arrivals, self._barriers
+
+    def resident(self, plan: LaunchPlan) -> int:
+        return blocks_at_once(plan, self.device)
 
     def kernel(self, plan: LaunchPlan) -> Kernel:
-        key = (plan.kernel, plan.constants, self.checked, self.replace)
+        key = (plan.kernel, plan.constants, min(80, self.device.arch), self.checked, self.replace)
         if key not in self._kernels:
             text = translation_unit(f"{plan.kernel}.cu")
             for old, new in self.replace:
                 text = text.replace(old, new)
-            self._kernels[key] = Kernel(text, plan.kernel, defines=dict(plan.constants), arch=80, checked=self.checked)
+            arch = 90 if plan.cluster > 1 else min(80, self.device.arch)
+            self._kernels[key] = Kernel(text, plan.kernel, dict(plan.constants), arch, self.checked)
         return self._kernels[key]
 
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         results = KERNELS[plan.kernel][1].split()
-        workspace = ("partials", "arrivals")  # in device memory already, and kept
+        workspace = WORKSPACE  # in device memory already, and kept
         arrays = {
             name: value for name, value in arguments.items() if isinstance(value, np.ndarray) and name not in workspace
         }
@@ -99,13 +107,21 @@ class HostBackend:
             outputs[name] = twins[0].of(arrays[name]) if twins else _Mirror(arrays[name], copied=False)
         mirrored = {name: mirror.view for name, mirror in (inputs | outputs).items()}
         kernel = self.kernel(plan)
-        kernel((plan.grid,), (plan.block,), typed_arguments(plan, arguments | mirrored), seed=self.seed)
+        kernel(
+            (plan.grid,),
+            (plan.block,),
+            typed_arguments(plan, arguments | mirrored),
+            shared_mem=plan.dynamic_bytes,
+            cooperative=plan.cooperative,
+            seed=self.seed,
+        )
         launched = {name: arguments[name] for name in workspace if arguments.get(name) is not None} | mirrored
         traffic = {name: kernel.traffic.of(array) for name, array in launched.items()}
         self.launches.append(
             Launch(plan, {name: t[0] for name, t in traffic.items()}, {name: t[1] for name, t in traffic.items()})
         )
         assert not self._arrivals.any(), "a counter was left behind"
+        assert not (self._barriers & 0x7FFFFFFF).any(), "a barrier was left behind"
         for name, mirror in outputs.items():
             mirror.fetch_into(arrays[name])
 
@@ -139,7 +155,14 @@ class _Mirror:
         array[...] = self.view
 
 
-BACKEND = HostBackend()
+class Apart(KernelMachine):
+    """Takes the two kernels of a pass one after the other, as a device does that is too small for a team."""
+
+    def _in_one(self, plans: tuple[LaunchPlan, ...]) -> None:
+        return None
+
+
+BACKEND = HostBackend(replace(TINY, in_flight=2))  # half as much to compile for every test of the suite
 MACHINE = KernelMachine("host", BACKEND)
 name = MACHINE.name
 moments = MACHINE.moments

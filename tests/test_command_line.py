@@ -141,14 +141,54 @@ def test_info_counts_the_threads_of_the_cpu_machine(capsys, monkeypatch):
     assert "ready, 3 threads (Numba 9.9)" in capsys.readouterr().out
 
 
-def test_info_names_the_devices_that_cupy_sees(capsys, monkeypatch):
+@pytest.fixture
+def two_devices(monkeypatch):
+    """A CuPy that sees two devices, and a machine that computes on them."""
     runtime = types.SimpleNamespace(
-        getDeviceCount=lambda: 2, getDeviceProperties=lambda device: {"name": f"GPU {device}".encode()}
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda device: {"name": f"GPU {device}".encode()},
+        driverGetVersion=lambda: 13010,
+        runtimeGetVersion=lambda: 12090,
     )
     cupy = types.SimpleNamespace(__version__="14.0", cuda=types.SimpleNamespace(runtime=runtime))
+    machine = types.SimpleNamespace(prove=lambda device: PROVED[device])
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "a_cuda_machine", machine)
+    monkeypatch.setattr(command_line, "MACHINES", {"cuda": "a_cuda_machine"})
+    return machine
+
+
+class Limits(types.SimpleNamespace):
+    def __str__(self):
+        return self.name
+
+
+PROVED = (
+    Limits(name="GPU 0", shared_most=232448, cache_bytes=50 << 20, largest_cluster=8, cooperative=True),
+    Limits(name="GPU 1", shared_most=65536, cache_bytes=4 << 20, largest_cluster=1, cooperative=False),
+)
+
+
+def test_info_names_the_devices_that_cupy_sees_and_what_came_out_right_on_them(capsys, two_devices):
     command_line.main(["info"])
-    assert "CuPy: 14.0, GPU 0, GPU 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "CuPy: 14.0, GPU 0, GPU 1 (driver for CUDA 13.1, runtime of CUDA 12.9)" in said
+    assert (
+        "a small batch came out right on GPU 0, 227 KB of shared memory a block, 50 MB of second-level cache, "
+        "clusters of 8, cooperative launches; GPU 1, 64 KB of shared memory a block, 4 MB of second-level cache, "
+        "no clusters, no cooperative launches"
+    ) in said
+
+
+def test_info_does_not_call_a_device_ready_that_fails(capsys, two_devices):
+    def refuse(device):
+        raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    two_devices.prove = refuse
+    command_line.main(["info"])
+    said = capsys.readouterr().out
+    assert "not ready: CUDA_ERROR_NO_BINARY_FOR_GPU" in said
+    assert "came out right" not in said
 
 
 def test_the_version_is_known_without_an_installation(monkeypatch):
@@ -314,9 +354,17 @@ def test_plan_shows_the_kernels_of_a_tensor_without_a_gpu(capsys):
     assert "(32, 256, 3136)" in text
     assert "plane map" in text
     assert "3 S = 154.1 MB" in text  # 32 * 256 * 56 * 56 * 2 bytes, three times
-    assert text.count("<<<") == 4
-    assert command_line.main(["plan", "8192,512", "--device", "a100"]) == 0
-    assert "column map" in capsys.readouterr().out
+    assert text.count("<<<") == 2
+    assert "forward: 1 launch, 2 S = 102.8 MB; the floor is 2 S = 102.8 MB" in text
+    assert "in registers" in text
+    assert "rather than two kernels: 3 S" in text
+    assert "not yet measured" in text
+    assert command_line.main(["plan", "8192,512", "--device", "a100", "--relu", "--residual", "--where"]) == 0
+    text = capsys.readouterr().out
+    assert "column map" in text
+    assert "meet at a counter" in text
+    assert "S / 16: a bit for each element" in text
+    assert "a byte of the mask" in text
 
 
 @pytest.mark.parametrize(

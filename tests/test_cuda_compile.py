@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,13 +28,15 @@ if __name__ == "__main__":
 from host.nvrtc import architectures, compile_cubin, compile_ptx, toolkit_for, toolkits
 
 from cubn.machines.cuda.plan import (
+    BYTES,
     DEVICES,
     ITEM_BYTES,
     KERNELS,
+    PACKED,
     LaunchPlan,
     Memory,
-    backward_plans,
-    forward_plans,
+    backward_choices,
+    forward_choices,
     gradient_sums_plan,
     input_gradient_plan,
     moments_plan,
@@ -43,7 +46,6 @@ from cubn.machines.cuda.source import translation_unit
 from cubn.problem import Problem
 
 OLDEST = 70
-REGISTERS = 65536  # of a processor, of every architecture since sm_50
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "compile-matrix.json"
 
 GEOMETRIES = (
@@ -56,47 +58,102 @@ GEOMETRIES = (
 )
 """A shape and a memory for each map, whole, ragged and without vectors."""
 
+TEAMED = (
+    ((1, 1, 2**16), Memory()),
+    ((1, 1, 2**16 + 1), Memory()),
+    ((1, 1, 2**16), Memory(None, None, False)),
+    ((2**16, 16, 1), Memory()),
+    ((2**16 + 1, 27, 1), Memory()),
+    ((2**16, 16, 1), Memory(None, None, False)),
+    ((2**16, 2, 1), Memory()),
+    ((2**16, 2, 1), Memory(None, None, False)),
+    ((8, 4, 512), Memory()),
+    ((1, 4, 1024), Memory()),
+)
+"""The same for teams, whose blocks are narrow where there is little for each thread to do."""
+
 BOTH = (False, True)
+
+EVERYTHING = replace(DEVICES["h200"], largest_cluster=16)
+"""A device whose plans use whatever a plan can use."""
 
 
 @cache
 def specialisations() -> tuple[LaunchPlan, ...]:
     """A plan for every set of constants that a plan can have.  The options vary fastest."""
     plans = []
-    for dtype, (shape, memory) in itertools.product(ITEM_BYTES, GEOMETRIES):
+    for dtype, (shape, memory) in itertools.product(ITEM_BYTES, (*GEOMETRIES, *TEAMED)):
         for relu in BOTH:
             problem = Problem(*shape, dtype, 1e-5, "relu" if relu else None)
             plans += list(options_of(problem, memory))
     unique = {(plan.kernel, plan.constants): plan for plan in plans}
-    return tuple(sorted(unique.values(), key=lambda plan: (plan.kernel, plan.constants)))
+    unique |= {(plan.kernel, plan.constants): plan for plan in widths_of(tuple(unique.values()))}
+    return tuple(sorted(unique.values(), key=order))
 
 
-def options_of(problem, memory, limits=DEVICES["h200"]):
-    """All plans for one problem."""
+def order(plan):
+    """Kernel and geometry first, then the team, then the options."""
+    constants = dict(plan.constants)
+    first = ("X_TYPE", "COLUMN", "VEC", "RAGGED", "TEAM", "RANKS", "BLOCK")
+    return plan.kernel, [constants.pop(name, 0) for name in first], sorted(constants.items())
+
+
+def widths_of(plans):
+    """Fused kernels in blocks of every width that a plan may choose; the rest of their constants stays."""
+    for plan in plans:
+        if plan.fused:
+            for block in (64, 128, 256):
+                if block < plan.block:
+                    constants = tuple((name, block if name == "BLOCK" else value) for name, value in plan.constants)
+                    yield replace(plan, block=block, constants=constants)
+
+
+def options_of(problem, memory, limits=EVERYTHING):
+    """All plans for one problem, of all teams."""
     for where in BOTH:
         yield moments_plan(problem, limits, memory, where=where)
-        for residual in BOTH:
-            yield normalize_plan(problem, limits, memory, residual=residual, where=where)
-        for active in BOTH:
+        for residual, keep in itertools.product(BOTH, BOTH):
+            yield normalize_plan(problem, limits, memory, residual=residual, where=where, keep=keep)
+            yield from fused(forward_choices(problem, limits, memory, residual=residual, where=where, keep=keep))
+        for active in (0, BYTES, PACKED):
             yield gradient_sums_plan(problem, limits, memory, where=where, active=active)
             for train, residual in itertools.product(BOTH, BOTH):
-                yield input_gradient_plan(
-                    problem, limits, memory, train=train, where=where, active=active, residual=residual
-                )
+                options = {"train": train, "where": where, "active": active, "residual": residual}
+                yield input_gradient_plan(problem, limits, memory, **options)
+                yield from fused(backward_choices(problem, limits, memory, **options))
+
+
+def fused(choices):
+    return (choice.plans[0] for choice in choices if choice.team)
+
+
+def runs_on(plan: LaunchPlan, arch: int) -> bool:
+    """Clusters there are from sm_90 on."""
+    return arch >= 90 or plan.cluster == 1
 
 
 def targets() -> tuple[int, ...]:
     return tuple(arch for arch in architectures() if arch >= OLDEST and arch != 72)  # sm_72 is sm_70 on a Jetson
 
 
-def covering(plans: tuple[LaunchPlan, ...], archs: tuple[int, ...], each: int = 2) -> list[tuple[LaunchPlan, int]]:
-    """`each` specialisations of every kernel, element type, map and tail, and all architectures in turn."""
+def covering(plans: tuple[LaunchPlan, ...], archs: tuple[int, ...]) -> list[tuple[LaunchPlan, int]]:
+    """Every kernel, element type, map and tail with two sets of options, and with each team once; all architectures.
+
+    The options of the fused kernels, whose compilation takes longest, take turns over the teams.
+    """
+
+    def key(plan):
+        kernel, geometry, _ = order(plan)
+        return kernel, geometry[: 5 if plan.fused else 4]
+
     chosen = []
-    for number, (_, group) in enumerate(itertools.groupby(plans, key=lambda plan: (plan.kernel, plan.constants[:5]))):
+    for number, (_, group) in enumerate(itertools.groupby(plans, key=key)):
         options = list(group)
+        each = 1 if options[0].fused else 2
         for turn in range(each):
-            option = options[(number + turn * (len(options) // each)) % len(options)]
-            chosen.append((option, archs[(number * each + turn) % len(archs)]))
+            option = options[(7 * number + turn * (len(options) // each)) % len(options)]
+            possible = [arch for arch in archs if runs_on(option, arch)]
+            chosen.append((option, possible[(number * each + turn) % len(possible)]))
     return chosen
 
 
@@ -122,8 +179,8 @@ def complaints(row: dict, plan: LaunchPlan) -> list[str]:
         found.append(row["warnings"])
     if row["spill"] or row["stack"]:
         found.append(f"{row['spill']} bytes spilled, {row['stack']} bytes of stack")
-    if row["registers"] * plan.block > REGISTERS:
-        found.append(f"{row['registers']} registers for {plan.block} threads")
+    if row["registers"] > plan.registers:
+        found.append(f"{row['registers']} registers, planned {plan.registers}")
     if row["shared"] > plan.shared_bytes:
         found.append(f"{row['shared']} bytes of shared memory, planned {plan.shared_bytes}")
     return [f"{plan.kernel} {row['constants']} sm_{row['arch']}: {complaint}" for complaint in found]
@@ -175,7 +232,9 @@ def test_whole_windows_are_moved_by_one_instruction_of_16_bytes(kernel, shape, d
     """
     problem = Problem(*shape, dtype, 1e-5, None)
     arguments = (problem, DEVICES["h200"], Memory())
-    plan = next(p for p in forward_plans(*arguments) + backward_plans(*arguments) if p.kernel == kernel)
+    choices = (forward_choices(*arguments), backward_choices(*arguments))
+    apart = [plan for found in choices for choice in found if choice.team is None for plan in choice.plans]
+    plan = next(plan for plan in apart if plan.kernel == kernel)
     text = compile_ptx(translation_unit(f"{kernel}.cu"), kernel, dict(plan.constants), 80)
     read, written = TENSORS[kernel]
     in_flight = dict(plan.constants)["UNROLL"]
@@ -214,7 +273,9 @@ def main() -> None:
     options = parser.parse_args()
     archs = options.architectures
     plans = tuple(plan for plan in specialisations() if plan.kernel in options.kernels)
-    pairs = covering(plans, archs) if options.covering else list(itertools.product(plans, archs))
+    pairs = [pair for pair in itertools.product(plans, archs) if runs_on(*pair)]
+    if options.covering:
+        pairs = covering(plans, archs)
     rows, wrong = compile_all(pairs, options.processes)
     print("\n".join(wrong) or f"{len(rows)} compilations: no error, no warning, no spill")
     print(table(rows))

@@ -5,13 +5,21 @@ from math import prod
 
 from cubn.errors import ShapeError
 from cubn.layout import arrange, normalise_axes
-from cubn.machines.cuda.plan import DEVICES, ITEM_BYTES, DeviceLimits, LaunchPlan, Memory, backward_plans, forward_plans
+from cubn.machines.cuda.plan import (
+    DEVICES,
+    ITEM_BYTES,
+    PACKED,
+    Choice,
+    DeviceLimits,
+    LaunchPlan,
+    Memory,
+    backward_choices,
+    forward_choices,
+    windows_of_a_thread,
+)
 from cubn.problem import Problem
 
 SUMMARY = "show which CUDA kernels a tensor gets, how they share it out, and the bytes that they move"
-
-TENSORS = {"moments": 1, "normalize": 2, "gradient_sums": 2, "input_gradient": 3}
-"""Kernel -> tensors of the size of x that it reads and writes (without residual and mask)."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,33 +58,91 @@ def describe(options: argparse.Namespace) -> str:
     activation = "relu" if options.relu else None
     problem = Problem(layout.outer, layout.channels, layout.inner, options.dtype, 1e-5, activation)
     limits: DeviceLimits = DEVICES[options.device]
-    active = options.relu and options.residual
-    forward = forward_plans(problem, limits, Memory(), residual=options.residual, where=options.where)
-    backward = backward_plans(
-        problem, limits, Memory(), where=options.where, active=active, residual=options.residual and options.relu
+    added = options.residual
+    forward = forward_choices(problem, limits, Memory(), residual=added, where=options.where)
+    kept = dict(forward[0].plans[-1].constants)["KEPT"]
+    backward = backward_choices(
+        problem, limits, Memory(), where=options.where, active=kept, residual=added and options.relu
     )
     size = prod(options.shape) * ITEM_BYTES[options.dtype]
-    first = forward[0].tiles
+    first = forward[0].plans[0].tiles
     lines = [
         f"x {options.shape} {options.dtype}, S = {_bytes(size)}, on {limits}",
         f"canonical form (outer, channels, inner) = ({layout.outer}, {layout.channels}, {layout.inner}); "
         f"{problem.samples} samples per channel",
         _reason(first.column, layout.inner * ITEM_BYTES[options.dtype]),
-        "",
     ]
-    for name, plans, floor in (("forward", forward, 2), ("backward", backward, 3)):
-        moved = sum(TENSORS[plan.kernel] for plan in plans)
-        lines.append(
-            f"{name}: {moved} S = {_bytes(moved * size)} without residual and mask, less what the caches serve; "
-            f"the floor is {floor} S = {_bytes(floor * size)}"
-        )
-        lines += [f"  {line}" for plan in plans for line in _lines(plan)]
+    for name, choices, floor in (
+        ("forward", forward, 3 if added else 2),
+        ("backward", backward, 4 if added and options.relu else 3),
+    ):
+        lines += ["", *_pass(name, choices, size, floor)]
+    if options.where:
+        lines += ["", "besides, a byte of the mask is read for each element, as often as its x"]
+    if kept:
+        of_an_element = "S / 16: a bit for each element" if kept == PACKED else "a byte for each element"
+        lines += ["", f"what ReLU let pass is written and read besides: {of_an_element}"]
     return "\n".join(lines)
+
+
+def _pass(name: str, choices: tuple[Choice, ...], size: int, floor: int) -> list[str]:
+    best = choices[0]
+    moved = best.moved / size
+    launches = "1 launch" if len(best.plans) == 1 else f"{len(best.plans)} launches"
+    lines = [
+        f"{name}: {launches}, {moved:.3g} S = {_bytes(best.moved)}; the floor is {floor} S = {_bytes(floor * size)}",
+        f"  {_words(best)}",
+    ]
+    lines += [f"  {line}" for plan in best.plans for line in _lines(plan)]
+    others = {choice.team: choice for choice in reversed(choices) if choice.team != best.team}
+    for choice in sorted(others.values(), key=lambda choice: choice.cost):
+        lines.append(
+            f"  rather than {NAMES[choice.team]}: {choice.moved / size:.3g} S, "
+            f"estimated {choice.cost / best.cost:.2f} times as long (not yet measured)"
+        )
+    return lines
+
+
+NAMES = {
+    "block": "a block for each group of channels",
+    "cluster": "a cluster of blocks for each",
+    "grid": "many blocks of a cooperative launch for each",
+    None: "two kernels",
+}
+"""Kind of team -> what it is called in a sentence."""
+
+
+def _words(choice: Choice) -> str:
+    """Who shares the samples of a channel, and what becomes of x between its two uses."""
+    plan = choice.plans[0]
+    if choice.team is None:
+        return "two kernels, one after the other: no team of blocks would be faster, or none is possible"
+    teams, groups = plan.grid // plan.ranks, plan.tiles.groups
+    blocks = {
+        "block": "each a block",
+        "cluster": f"each a cluster of {plan.ranks} blocks, which read each other's shared memory",
+        "grid": f"each {plan.ranks} blocks, which meet at a counter in global memory",
+    }[choice.team]
+    many = "a tile of several channels" if plan.tiles.column else "a channel"
+    windows = windows_of_a_thread(plan.tiles, plan.block)
+    places = [f"{min(windows, plan.held)} in registers"]
+    if plan.room:
+        places.append(f"{min(plan.room, windows - plan.held)} in shared memory")
+    if windows > plan.held + plan.room:
+        places.append(f"{windows - plan.held - plan.room} read twice, the second time backwards from the cache")
+    return (
+        f"{_count(teams, 'team')}, {blocks}, for {_count(groups, 'group')} of {many}; "
+        f"of {windows} windows of a thread {', '.join(places)}"
+    )  # fmt: skip
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _lines(plan: LaunchPlan) -> list[str]:
     lines = [str(plan)]
-    if plan.partials:
+    if plan.partials and not plan.fused:
         lines.append(
             f"    {plan.tiles.splits} tiles share each group of channels: "
             f"partial results of {_bytes(plan.partial_bytes)}"

@@ -2,19 +2,27 @@
 
 Everything runs on the device of its arrays and on CuPy's current stream of that device, without waiting for
 either.  The first call of a kind compiles its kernels and sets memory for its workspace aside, which must not
-happen while a stream is being captured: call once before the capture.
+happen while a stream is being captured: call once before the capture.  A captured graph uses the workspace of the
+stream that it was captured on, so it must not run at the same time as other work of that stream.
 
 Where float32 x (16-bit x too: it is computed in float32) can be summed: squares of distances within a channel
 must stay in float32's range, so distances between 1e-18 and 1e18.  Numbers below 1.2e-38 count as zero, but in
 a constant channel.  float64 x has the range of float64.
 
-The kernels have been executed on the CPU, thread for thread, in the tests; this file has not yet run on a GPU.
+The kernels have been executed on the CPU, thread for thread, in the tests, and this file has been run with CuPy 13.6
+and 14.2 over a stand-in for the driver; neither has yet run on a GPU.
 """
 
+import ctypes
+import importlib.util
+import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from operator import itemgetter
+from pathlib import Path
+from struct import Struct
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +31,7 @@ from cubn.machines.cuda.machine import KernelMachine, typed_arguments
 from cubn.machines.cuda.plan import VECTOR_BYTES, DeviceLimits, LaunchPlan
 from cubn.machines.cuda.source import translation_unit
 from cubn.namespace import Array
+from cubn.problem import Problem
 
 try:
     import cupy
@@ -32,16 +41,143 @@ except ImportError as error:
         f"pip install 'cubn[cuda12]' or 'cubn[cuda13]', as the driver needs."
     ) from error
 
-NULL = np.uint64(0)
-"""A pointer to nothing.  CuPy would turn None into an argument that is missing altogether."""
-
 PER_THREAD_STREAM = 2
 """Handle of CUDA's per-thread default stream: one number, as many streams as threads."""
 
-FIRST_PARTIALS, FIRST_ARRIVALS = 1 << 20, 1 << 12
+FIRST_PARTIALS, FIRST_COUNTERS = 1 << 20, 1 << 12
 """Bytes of a new workspace and its counters: enough for most tensors, so that it rarely has to grow."""
 
+UNKNOWN_BANDWIDTH = 1000.0
+"""GB/s, where the driver does not tell."""
+
+LARGEST_PORTABLE_CLUSTER = 8
+MAX_DYNAMIC_SHARED_SIZE_BYTES, NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14
+"""CU_FUNC_ATTRIBUTE_... of cuda.h; CuPy has a name for the first alone."""
+CLUSTER_LAUNCH = 120
+"""cudaDevAttrClusterLaunch of driver_types.h, likewise."""
+
+NUMBERS = {int: "q", float: "d", np.int64: "q", np.int32: "i4x", np.float64: "d"}
+"""Type of an argument that is a number -> its eight bytes in `struct`'s terms.  All others are addresses."""
+
+MOST_PREPARED = 4096
+"""Launches that are remembered; a program has that many only if its shapes never repeat."""
+
 NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+class Workspace(NamedTuple):
+    """Memory that the blocks of a launch share, kept from launch to launch."""
+
+    partials: Array
+    arrivals: Array
+    barriers: Array
+
+    def suffices(self, plan: LaunchPlan) -> bool:
+        """Whether the plan's blocks have room in it."""
+        return bool(
+            self.partials.size >= plan.partial_bytes
+            and self.arrivals.size >= plan.arrivals
+            and self.barriers.size >= plan.barriers
+        )
+
+
+class Named:
+    """Stands for an argument whose value is not known yet, in a list of arguments."""
+
+    def __init__(self, name: str, factor: int = 1) -> None:
+        self.name, self.factor = name, factor
+
+    def __rmul__(self, factor: int) -> "Named":
+        return Named(self.name, factor * self.factor)
+
+
+class Arguments:
+    """Memory for the arguments of one launch: a slot of eight bytes for each, and the table of their addresses.
+
+    The driver reads it during the call and never again, so it serves the next launch.
+    """
+
+    __slots__ = ("address", "slots", "table")
+
+    def __init__(self, constant: bytes, places: list[int]) -> None:
+        self.slots = (ctypes.c_uint64 * (len(constant) // 8)).from_buffer_copy(constant)
+        start = ctypes.addressof(self.slots)
+        self.table = (ctypes.c_void_p * len(places))(*(start + 8 * place for place in places))
+        self.address = ctypes.addressof(self.table)
+
+
+class Prepared:
+    """One plan on one device: its kernel, and all of its arguments packed that are the same in every launch.
+
+    The order of the arguments is that of `typed_arguments`, learnt by giving it names for values.
+    """
+
+    def __init__(self, plan: LaunchPlan, arguments: dict[str, Any], kernel: "CompiledKernel") -> None:
+        self.plan = plan
+        order = typed_arguments(plan, {name: Named(name) for name in arguments})
+        named = [value for value in order if isinstance(value, Named)]
+        constant = [value for value in order if not isinstance(value, Named)]
+        assert {value.name for value in named} <= arguments.keys()
+        self._values_of = itemgetter(*(value.name for value in named))
+        self._factors = [(i, value.factor) for i, value in enumerate(named) if value.factor != 1]
+        self._form = Struct("<" + "".join(_slot(arguments[value.name]) for value in named))
+        forms = "<" + "".join("Q" if value is None else NUMBERS[type(value)] for value in constant)
+        values = (0 if value is None else value.item() for value in constant)
+        self._constant = bytes(self._form.size) + Struct(forms).pack(*values)
+        slots = iter(range(len(named))), iter(range(len(named), len(order)))
+        self._places = [next(slots[not isinstance(value, Named)]) for value in order]
+        self._idle: list[Arguments] = []
+        self._launch: Any = cupy.cuda.driver.launchKernel
+        extra: tuple[int, ...] = (0,)
+        if plan.cooperative:
+            self._launch, extra = cupy.cuda.driver.launchCooperativeKernel, ()
+        self._before = (kernel.handle, plan.grid, 1, 1, plan.block, 1, 1, plan.dynamic_bytes)
+        self._after = extra
+        self._kernel = kernel  # keeps the module loaded
+
+    def __call__(self, stream: int, arguments: dict[str, Any]) -> None:
+        """Launch with these values."""
+        values: list[Any] = [
+            0 if value is None else value if value.__class__ in NUMBERS else value.data.ptr
+            for value in self._values_of(arguments)
+        ]  # this line is a third of what a launch costs the host
+        for i, factor in self._factors:
+            values[i] *= factor
+        try:
+            packed = self._idle.pop()
+        except IndexError:
+            packed = Arguments(self._constant, self._places)
+        self._form.pack_into(packed.slots, 0, *values)
+        self._launch(*self._before, stream, packed.address, *self._after)
+        self._idle.append(packed)
+
+
+class CompiledKernel:
+    """One kernel of one device."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function  # CuPy's; it keeps the module loaded
+        self.handle = int(function.ptr)
+        self._dynamic_bytes = 0
+
+    def allow(self, plan: LaunchPlan, limits: DeviceLimits) -> None:
+        """Tell the driver what the plan needs beyond what every kernel may have."""
+        driver = cupy.cuda.driver
+        if (
+            plan.dynamic_bytes > self._dynamic_bytes
+            and plan.shared_bytes + plan.dynamic_bytes > limits.shared_per_block
+        ):
+            driver.funcSetAttribute(self.handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, plan.dynamic_bytes)
+            self._dynamic_bytes = plan.dynamic_bytes
+        if plan.cluster > LARGEST_PORTABLE_CLUSTER:
+            driver.funcSetAttribute(self.handle, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+
+
+class Thread(threading.local):
+    """What a host thread has of the driver."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()  # whose contexts are there
 
 
 class CupyBackend:
@@ -49,9 +185,14 @@ class CupyBackend:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kernels: dict[tuple[int, str, tuple[tuple[str, int], ...]], Any] = {}
-        self._workspaces: dict[tuple[int, int, int], tuple[Array, Array]] = {}
-        self._outgrown: list[tuple[Array, Array]] = []  # a captured graph may still use them
+        self._kernels: dict[tuple[int, str, tuple[tuple[str, int], ...]], CompiledKernel] = {}
+        self._prepared: dict[tuple[int, int], Prepared] = {}  # by the identity of the plan, which is quick,
+        self._equal: dict[tuple[int, LaunchPlan], Prepared] = {}  # and by its value
+        self._residents: dict[tuple[int, int], tuple[LaunchPlan, int]] = {}  # likewise
+        self._workspaces: dict[tuple[int, int, int], Workspace] = {}
+        self._outgrown: list[Workspace] = []  # a captured graph may still use them,
+        self._captured: list[Array] = []  # as it does these copies, at every replay
+        self._thread = Thread()
 
     def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
         """The array's device as the current one."""
@@ -60,7 +201,7 @@ class CupyBackend:
 
     def limits(self) -> DeviceLimits:
         """Of the current device."""
-        return _limits(cupy.cuda.runtime.getDevice())
+        return limits_of(cupy.cuda.runtime.getDevice())
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """From CuPy's memory pool, in the order of the current stream."""
@@ -75,56 +216,106 @@ class CupyBackend:
 
     def contiguous(self, array: Array, dtype: Any) -> Array:
         """The array itself, or a copy that kernels can read in vectors."""
-        array = cupy.ascontiguousarray(array, dtype)
-        return array if array.data.ptr % VECTOR_BYTES == 0 else array.copy()
+        copy = cupy.ascontiguousarray(array, dtype)
+        if copy.data.ptr % VECTOR_BYTES:
+            copy = copy.copy()
+        if copy is not array and cupy.cuda.get_current_stream().is_capturing():
+            self._captured.append(copy)
+        return copy
 
     def address(self, array: Array) -> int:
         """Of the first element, in bytes."""
         return int(array.data.ptr)
 
-    def workspace(self, plan: LaunchPlan) -> tuple[Array, Array]:
+    def workspace(self, plan: LaunchPlan) -> Workspace:
         """One for each device and stream: kernels of one stream never run at the same time."""
         stream = cupy.cuda.get_current_stream().ptr
         thread = threading.get_ident() if stream == PER_THREAD_STREAM else 0
         key = (cupy.cuda.runtime.getDevice(), stream, thread)
         workspace = self._workspaces.get(key)
-        if workspace is not None and _suffices(workspace, plan):
+        if workspace is not None and workspace.suffices(plan):
             return workspace
         with self._lock:
             workspace = self._workspaces.get(key)
-            if workspace is None or not _suffices(workspace, plan):
+            if workspace is None or not workspace.suffices(plan):
                 _require_no_capture(f"memory for {plan.partial_bytes} bytes of partial results")
                 if workspace is not None:
                     self._outgrown.append(workspace)
-                partials = cupy.empty(max(FIRST_PARTIALS, 2 * plan.partial_bytes), np.uint8)
-                arrivals = cupy.zeros(max(FIRST_ARRIVALS, 2 * plan.arrivals), np.uint32)
-                workspace = self._workspaces[key] = (partials, arrivals)
+                workspace = self._workspaces[key] = Workspace(
+                    cupy.empty(max(FIRST_PARTIALS, 2 * plan.partial_bytes), np.uint8),
+                    cupy.zeros(max(FIRST_COUNTERS, 2 * plan.arrivals), np.uint32),
+                    cupy.zeros(max(FIRST_COUNTERS, 2 * plan.barriers), np.uint32),
+                )
         return workspace
+
+    def resident(self, plan: LaunchPlan) -> int:
+        """Blocks of the plan's kernel that are on the current device at the same time; 0 where the driver refuses."""
+        device = cupy.cuda.runtime.getDevice()
+        known, found = self._residents.get((device, id(plan)), (None, 0))
+        if known is not plan:
+            self._enter_context(device)
+            kernel = self._kernel(plan)
+            try:
+                kernel.allow(plan, self.limits())
+                if plan.cluster > 1:
+                    found = plan.cluster * _resident_clusters(kernel.handle, plan)
+                else:
+                    found = self.limits().processors * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                        kernel.handle, plan.block, plan.dynamic_bytes
+                    )
+            except cupy.cuda.driver.CUDADriverError:
+                found = 0
+            if len(self._residents) >= MOST_PREPARED:
+                self._residents.clear()
+            self._residents[device, id(plan)] = (plan, found)
+        return found
 
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         """On the current stream."""
-        values = typed_arguments(plan, arguments)
-        function = self._function(plan)
+        device = cupy.cuda.runtime.getDevice()
+        if device not in self._thread.devices:
+            self._enter_context(device)
+        prepared = self._prepared.get((device, id(plan)))
         try:
-            function((plan.grid,), (plan.block,), tuple(NULL if value is None else value for value in values))
+            if prepared is None or prepared.plan is not plan:
+                prepared = self._prepare(device, plan, arguments)
+            prepared(cupy.cuda.get_current_stream().ptr, arguments)
         except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
             raise KernelError(f"{plan} did not launch on {self.limits()}: {error}.") from error
 
-    def _function(self, plan: LaunchPlan) -> Any:
-        key = (cupy.cuda.runtime.getDevice(), plan.kernel, plan.constants)
-        function = self._kernels.get(key)
-        if function is None:
-            with self._lock:
-                function = self._kernels.get(key) or self._compile(plan)
-                self._kernels[key] = function
-        return function
+    def _prepare(self, device: int, plan: LaunchPlan, arguments: dict[str, Any]) -> Prepared:
+        prepared = self._equal.get((device, plan))
+        if prepared is None:
+            kernel = self._kernel(plan)
+            kernel.allow(plan, self.limits())
+            prepared = Prepared(plan, arguments, kernel)
+            if len(self._equal) >= MOST_PREPARED:
+                self._equal.clear()
+                self._prepared.clear()
+            self._equal[device, plan] = self._prepared[device, id(plan)] = prepared  # holds the plan, and so its id
+        return prepared
 
-    def _compile(self, plan: LaunchPlan) -> Any:
+    def _enter_context(self, device: int) -> None:
+        """A new thread has no context of a device before something of the runtime has run in it."""
+        cupy.cuda.runtime.memGetInfo()
+        self._thread.devices.add(device)
+
+    def _kernel(self, plan: LaunchPlan) -> CompiledKernel:
+        key = (cupy.cuda.runtime.getDevice(), plan.kernel, plan.constants)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            with self._lock:
+                kernel = self._kernels.get(key) or self._compile(plan)
+                self._kernels[key] = kernel
+        return kernel
+
+    def _compile(self, plan: LaunchPlan) -> CompiledKernel:
         _require_no_capture(f"the kernel {plan.kernel}")
         options = ("-std=c++17", *(f"-D{name}={value}" for name, value in plan.constants))
-        kernel = cupy.RawKernel(translation_unit(f"{plan.kernel}.cu"), plan.kernel, options)
+        raw = cupy.RawKernel(translation_unit(f"{plan.kernel}.cu"), plan.kernel, options)
+        load_compiler()
         try:
-            return kernel.kernel
+            return CompiledKernel(raw.kernel)
         except Exception as error:  # NVRTC's, the driver's or the loader's: CuPy has a class for each
             raise KernelError(
                 f"{plan} did not compile on {self.limits()} with CuPy {cupy.__version__} ({error}); the compiler and "
@@ -132,9 +323,9 @@ class CupyBackend:
             ) from error
 
 
-def _suffices(workspace: tuple[Array, Array], plan: LaunchPlan) -> bool:
-    partials, arrivals = workspace
-    return bool(partials.size >= plan.partial_bytes and arrivals.size >= plan.arrivals)
+def _slot(value: Any) -> str:
+    """Eight bytes in `struct`'s terms: of a number its own, of all others an address."""
+    return NUMBERS.get(type(value), "Q")
 
 
 def _require_no_capture(what: str) -> None:
@@ -146,20 +337,108 @@ def _require_no_capture(what: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _limits(device: int) -> DeviceLimits:
+def limits_of(device: int) -> DeviceLimits:
+    """What a device can do, as its driver says."""
     runtime = cupy.cuda.runtime
 
     def attribute(name: str) -> int:
         return int(runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), device))
 
+    arch = int(cupy.cuda.Device(device).compute_capability)
+    bytes_per_s = attribute("MemoryClockRate") * 1000 * 2 * attribute("GlobalMemoryBusWidth") / 8  # 2: on both edges
+    clusters = arch >= 90 and bool(runtime.deviceGetAttribute(CLUSTER_LAUNCH, device))
     return DeviceLimits(
         name=runtime.getDeviceProperties(device)["name"].decode(),
-        arch=int(cupy.cuda.Device(device).compute_capability),
+        arch=arch,
         processors=attribute("MultiProcessorCount"),
         threads_per_block=attribute("MaxThreadsPerBlock"),
         grid=attribute("MaxGridDimX"),
         shared_per_block=attribute("MaxSharedMemoryPerBlock"),
+        shared_most=attribute("MaxSharedMemoryPerBlockOptin"),
+        shared_per_processor=attribute("MaxSharedMemoryPerMultiprocessor"),
+        registers=attribute("MaxRegistersPerMultiprocessor"),
+        threads_per_processor=attribute("MaxThreadsPerMultiProcessor"),
+        largest_cluster=LARGEST_PORTABLE_CLUSTER if clusters else 1,
+        cooperative=bool(attribute("CooperativeLaunch")),
+        cache_bytes=attribute("L2CacheSize"),
+        bandwidth=bytes_per_s / 1e9 or UNKNOWN_BANDWIDTH,
     )
+
+
+def prove(device: int) -> DeviceLimits:
+    """Train on a small batch on a device, and return what that device can do.
+
+    Raises
+    ------
+    KernelError
+        If something does not compile, does not launch, or comes out wrong; says what.
+    """
+    values = np.cos(np.arange(7 * 3 * 40, dtype=np.float32)).reshape(7, 3, 40)
+    wide = values.astype(np.float64)
+    exact = (wide - wide.mean((0, 2), keepdims=True)) / np.sqrt(wide.var((0, 2), keepdims=True) + 1e-5)
+    problem = Problem(7, 3, 40, "float32", 1e-5, None)
+    with cupy.cuda.Device(device):
+        limits = limits_of(device)
+        x = cupy.asarray(values)
+        found = forward(problem, x, None, None)
+        count = found.moments.count
+        slope = backward(problem, x, x, found.moments.wide_mean, found.rstd, None, None, count).dx
+        y, dx = cupy.asnumpy(found.y), cupy.asnumpy(slope)
+    # dy = x, so dx = rstd * (x - mean - xhat * mean(x * xhat)) = rstd * (x - mean) * eps / (var + eps): nearly nothing
+    errors = {"y": np.abs(y - exact).max(), "dx": np.abs(dx).max()}
+    for name, error in errors.items():
+        if not error < 1e-4:
+            raise KernelError(f"{name} of a small batch is wrong by {error:.1e} on {limits}; do not rely on it there.")
+    return limits
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("dynamic_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def _resident_clusters(handle: int, plan: LaunchPlan) -> int:
+    """Of the current device; 0 where no cluster of the plan fits.  CuPy has no call for it, the driver has.
+
+    The size of a cluster is part of the kernel, so the configuration need not say it.
+    """
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    ask = getattr(library, "cuOccupancyMaxActiveClusters", None)
+    if ask is None:  # a driver from before clusters
+        return 0
+    config = LaunchConfig((plan.grid, 1, 1), (plan.block, 1, 1), plan.dynamic_bytes, None, None, 0)
+    clusters = ctypes.c_int()
+    status = ask(ctypes.byref(clusters), ctypes.c_void_p(handle), ctypes.byref(config))
+    return 0 if status else clusters.value
+
+
+@lru_cache(maxsize=1)
+def load_compiler() -> None:
+    """Load NVRTC from NVIDIA's package where CuPy 13 does not look for it; CuPy 14 finds it there by itself.
+
+    A library that is loaded is found under its name.  Where there is none, CuPy says so when it compiles.
+    """
+    if int(cupy.__version__.partition(".")[0]) >= 14 or not sys.platform.startswith("linux"):
+        return
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    name = f"libnvrtc.so.{major}"
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+    places = [root / folder / "lib" / name for root in roots for folder in ("cuda_nvrtc", f"cu{major}")]
+    for library in (name, *(str(place) for place in places if place.is_file())):
+        try:
+            ctypes.CDLL(library)
+            return
+        except OSError:
+            continue
 
 
 MACHINE = KernelMachine("cuda", CupyBackend())

@@ -4,25 +4,35 @@ Tensors are read in place where they are dense but for the distance between thei
 every memory order and slices of the batch and of the channels; anything else is copied once.  Masks are read as
 dense bytes.
 
-Memory: forward allocates y and one (3, channels) array (mean, m2, rstd; a fourth row for the counts under a mask),
-backward dx and one (2, channels); `active` and `dresidual` where they are asked for; and a workspace that is kept.
+Memory: forward allocates y and one (3, channels) array (mean, m2, rstd; a further row for the counts under a mask or
+for the running statistics), backward dx and one (2, channels); `active` and `dresidual` where they are asked for; and
+a workspace that is kept.
+
+`active` has a byte for each element, in the shape of x, or is packed: then it has one axis, and a byte for the
+elements of 16 bytes of x.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
 from cubn.machines import Backward, Forward, GradientSums, Running
 from cubn.machines.cuda.plan import (
+    BYTES,
     ITEM_BYTES,
     KERNELS,
     MERGING,
+    PACKED,
+    VECTOR_BYTES,
     DeviceLimits,
     LaunchPlan,
     Memory,
+    backward_plans,
+    fewer_teams,
+    forward_plans,
     gradient_sums_plan,
     input_gradient_plan,
     moments_plan,
@@ -51,8 +61,14 @@ class Backend(Protocol):
     def address(self, array: Array) -> int:
         """Of the first element, in bytes."""
 
-    def workspace(self, plan: LaunchPlan) -> tuple[Array, Array]:
-        """Partials of any content and arrivals that are zero, of the current stream, kept from call to call."""
+    def workspace(self, plan: LaunchPlan) -> tuple[Array, Array, Array]:
+        """Partials of any content, arrivals that are zero, and barriers that were zero when they were made.
+
+        All three are the current stream's and are kept from call to call.
+        """
+
+    def resident(self, plan: LaunchPlan) -> int:
+        """How many blocks of a plan with a cluster or a cooperative launch the device holds at once."""
 
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         """Run the plan's kernel with arguments by name: arrays, None, int and float."""
@@ -125,15 +141,21 @@ class KernelMachine:
         out: Array | None = None,
         keep: bool = True,
     ) -> tuple[Array, Array | None]:
-        """As in `cubn.machines.Machine`; `active` is one byte per element."""
-        keeps = residual is not None and problem.activation is not None
-        active = self.backend.empty(_shape(problem), np.uint8) if keeps else None
+        """As in `cubn.machines.Machine`."""
+        keep = keep and residual is not None and problem.activation is not None
         y = _Result(self.backend, problem, x.dtype, out)
+        active = None
         if y.array.size:
             tensors = _Tensors(self.backend, problem, x=x, residual=residual, y=y.array)
             plan = normalize_plan(
-                problem, self.backend.limits(), tensors.memory, residual=residual is not None, where=where is not None
+                problem,
+                self.backend.limits(),
+                tensors.memory,
+                residual=residual is not None,
+                where=where is not None,
+                keep=keep,
             )
+            active = self._active(problem, plan) if keep else None
             self._launch(
                 plan,
                 **tensors.arguments,
@@ -141,7 +163,9 @@ class KernelMachine:
                 **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
                 active=active,
             )
-        return y.deliver(), active if keep else None
+        elif keep:
+            active = self.backend.empty(_shape(problem), np.uint8)
+        return y.deliver(), active
 
     @_on_its_device
     def gradient_sums(
@@ -163,7 +187,7 @@ class KernelMachine:
             return GradientSums(sums[0], sums[1])
         tensors = _Tensors(self.backend, problem, dy=dy, x=x)
         plan = gradient_sums_plan(
-            problem, self.backend.limits(), tensors.memory, where=where is not None, active=active is not None
+            problem, self.backend.limits(), tensors.memory, where=where is not None, active=_form(active)
         )
         self._launch(
             plan,
@@ -198,32 +222,52 @@ class KernelMachine:
         dresidual = self.backend.empty(_shape(problem), x.dtype) if residual else None
         if dx.array.size:
             tensors = _Tensors(self.backend, problem, dy=dy, x=x, dx=dx.array, dresidual=dresidual)
-            plan = input_gradient_plan(
-                problem,
-                self.backend.limits(),
-                tensors.memory,
-                train=sums is not None,
-                where=where is not None,
-                active=active is not None,
-                residual=residual,
-            )
-            static = is_static_count(count)
-            self._launch(
-                plan,
-                **tensors.arguments,
-                where=self._mask(where),
-                active=active,
-                **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
-                **self._per_channel(
-                    problem,
-                    sum_dy=None if sums is None else sums.dy,
-                    sum_dy_xhat=None if sums is None else sums.dy_xhat,
-                ),
-                counts=None if static or sums is None else self.backend.contiguous(count, np.int64),
-                count=count if static else 0,
-            )
+            self._input_gradient(problem, tensors, mean, rstd, gamma, beta, count, sums, where, active)
         return dx.deliver(), dresidual
 
+    def _input_gradient(
+        self,
+        problem: Problem,
+        tensors: "_Tensors",
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        count: Any,
+        sums: GradientSums | None,
+        where: Array | None,
+        active: Array | None,
+    ) -> None:
+        plan = input_gradient_plan(
+            problem,
+            self.backend.limits(),
+            tensors.memory,
+            train=sums is not None,
+            where=where is not None,
+            active=_form(active),
+            residual=tensors.arguments["dresidual"] is not None,
+        )
+        self._launch(
+            plan,
+            **tensors.arguments,
+            where=self._mask(where),
+            active=active,
+            **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
+            **self._per_channel(
+                problem,
+                sum_dy=None if sums is None else sums.dy,
+                sum_dy_xhat=None if sums is None else sums.dy_xhat,
+            ),
+            **self._counts(count),
+        )
+
+    def _counts(self, count: Any) -> dict[str, Any]:
+        """Samples of the channels: one number, or an array; None of them where the statistics are constants."""
+        if count is None or is_static_count(count):
+            return {"counts": None, "count": count or 0}
+        return {"counts": self.backend.contiguous(count, np.int64), "count": 0}
+
+    @_on_its_device
     def forward(
         self,
         problem: Problem,
@@ -235,12 +279,56 @@ class KernelMachine:
         out: Array | None = None,
         running: Running | None = None,
     ) -> Forward:
-        """`moments`, then `normalize`: two launches."""
-        batch, rstd = self._moments(problem, x, where, with_rstd=True)
-        y, active = self.normalize(problem, x, batch.wide_mean, rstd, gamma, beta, residual, where, out)
-        moved = None if running is None else towards(running.mean, running.var, batch, running.weight)
-        return Forward(y, batch, rstd, active, moved)
+        """As in `cubn.machines.Machine`: one launch where that moves less, else `moments`, then `normalize`."""
+        keep = residual is not None and problem.activation is not None
+        y = _Result(self.backend, problem, x.dtype, out)
+        plan, tensors = None, None
+        if y.array.size:
+            tensors = _Tensors(self.backend, problem, x=x, residual=residual, y=y.array)
+            options = {"residual": residual is not None, "where": where is not None, "keep": keep}
+            plan = self._in_one(forward_plans(problem, self.backend.limits(), tensors.memory, **options))
+        if plan is None or tensors is None:
+            batch, rstd = self._moments(problem, x, where, with_rstd=True)
+            _, active = self.normalize(problem, x, batch.wide_mean, rstd, gamma, beta, residual, where, y.array)
+            moved = None if running is None else towards(running.mean, running.var, batch, running.weight)
+            return Forward(y.deliver(), batch, rstd, active, moved)
 
+        narrow = np.dtype(problem.statistics_dtype)
+        rows_of_a_pair = 0 if running is None else 2 * narrow.itemsize // 8
+        statistics = self.backend.empty((3 + (where is not None) + rows_of_a_pair, problem.channels), np.float64)
+        mean, m2, rstd = statistics[0], statistics[1], statistics[2]
+        counts = None if where is None else statistics[3].view(np.int64)
+        moved = None
+        if running is not None:
+            pair = statistics[-rows_of_a_pair:].reshape(-1).view(narrow)
+            moved = (pair[: problem.channels], pair[problem.channels :])
+        active = self._active(problem, plan) if keep else None
+        self._launch(
+            plan,
+            **tensors.arguments,
+            where=self._mask(where),
+            **self._per_channel(
+                problem,
+                gamma=gamma,
+                beta=beta,
+                running_mean=None if running is None else running.mean,
+                running_var=None if running is None else running.var,
+            ),
+            eps=problem.eps,
+            weight=0.0 if running is None else float(running.weight),
+            active=active,
+            mean=mean,
+            m2=m2,
+            rstd=rstd,
+            count=counts,
+            new_mean=None if moved is None else moved[0],
+            new_var=None if moved is None else moved[1],
+        )
+        batch = Moments(problem.samples if counts is None else counts, mean, m2, narrow)
+        return Forward(y.deliver(), batch, rstd, active, moved)
+
+    @_on_its_device
+    @_on_its_device
     def backward(
         self,
         problem: Problem,
@@ -256,32 +344,83 @@ class KernelMachine:
         residual: bool = False,
         out: Array | None = None,
     ) -> Backward:
-        """`gradient_sums`, then `input_gradient`: two launches."""
-        sums = self.gradient_sums(problem, dy, x, mean, rstd, gamma, beta, where, active)
-        taken = None if count is None else sums
-        dx, dresidual = self.input_gradient(
-            problem, dy, x, mean, rstd, gamma, beta, count, taken, where, active, residual, out
+        """As in `cubn.machines.Machine`: one launch where that moves less, else the two verbs."""
+        dx = _Result(self.backend, problem, x.dtype, out)
+        dresidual = self.backend.empty(_shape(problem), x.dtype) if residual else None
+        if not dx.array.size:
+            return Backward(
+                dx.deliver(), dresidual, self.gradient_sums(problem, dy, x, mean, rstd, gamma, beta, where, active)
+            )
+        tensors = _Tensors(self.backend, problem, dy=dy, x=x, dx=dx.array, dresidual=dresidual)
+        plans = backward_plans(
+            problem,
+            self.backend.limits(),
+            tensors.memory,
+            train=count is not None,
+            where=where is not None,
+            active=_form(active),
+            residual=residual,
         )
-        return Backward(dx, dresidual, sums)
+        plan = self._in_one(plans)
+        if plan is None:
+            sums = self.gradient_sums(problem, dy, x, mean, rstd, gamma, beta, where, active)
+            taken = None if count is None else sums
+            self._input_gradient(problem, tensors, mean, rstd, gamma, beta, count, taken, where, active)
+            return Backward(dx.deliver(), dresidual, sums)
+        pair = self.backend.empty((2, problem.channels), np.dtype(problem.statistics_dtype))
+        self._launch(
+            plan,
+            **tensors.arguments,
+            where=self._mask(where),
+            active=active,
+            **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
+            **self._counts(count),
+            sum_dy=pair[0],
+            sum_dy_xhat=pair[1],
+        )
+        return Backward(dx.deliver(), dresidual, GradientSums(pair[0], pair[1]))
+
+    def _in_one(self, plans: tuple[LaunchPlan, ...]) -> LaunchPlan | None:
+        """The plan of a fused kernel, with as many teams as the device holds; None for two kernels."""
+        plan = plans[0]
+        if not plan.fused:
+            return None
+        if plan.cooperative:
+            blocks = self.backend.resident(plan)
+            return plan if blocks >= plan.grid else fewer_teams(plan, blocks)
+        return plan if plan.cluster == 1 or self.backend.resident(plan) >= plan.cluster else None
+
+    def _active(self, problem: Problem, plan: LaunchPlan) -> Array:
+        """Memory for what ReLU let pass, in the form in which the plan keeps it."""
+        if not plan.packed:
+            return self.backend.empty(_shape(problem), np.uint8)
+        elements = problem.outer * problem.channels * problem.inner
+        return self.backend.empty((elements * ITEM_BYTES[problem.dtype] // VECTOR_BYTES,), np.uint8)
 
     def _mask(self, where: Array | None) -> Array | None:
         return None if where is None else self.backend.contiguous(where, np.bool_)
 
     def _per_channel(self, problem: Problem, **values: Array | None) -> dict[str, Array | None]:
-        """Dense, and in the type in which the kernels read them: double for the statistics, ACC_T for the rest."""
+        """Dense, and in the type in which the kernels read them: double for the statistics, ACC_T for the rest.
+
+        They are read one by one, so that a row of a larger array is read in place wherever it begins.
+        """
         narrow = np.dtype(problem.statistics_dtype)
-        return {
-            name: None if array is None else self.backend.contiguous(array, _WIDE.get(name, narrow))
-            for name, array in values.items()
-        }
+        return {name: self._dense(array, _WIDE.get(name, narrow)) for name, array in values.items()}
+
+    def _dense(self, array: Array | None, dtype: Any) -> Array | None:
+        if array is None or (array.dtype == dtype and array.strides == (dtype.itemsize,)):
+            return array
+        return self.backend.contiguous(array, dtype)
 
     def _launch(self, plan: LaunchPlan, **arguments: Any) -> None:
         if plan.kernel in MERGING:
-            arguments["partials"], arguments["arrivals"] = (
-                self.backend.workspace(plan) if plan.partials else (None, None)
-            )
+            workspace = self.backend.workspace(plan) if plan.partials else (None, None, None)
+            arguments |= dict(zip(WORKSPACE, workspace, strict=True))
         self.backend.launch(plan, arguments)
 
+
+WORKSPACE = ("partials", "arrivals", "barriers")
 
 _WIDE = {"mean": np.dtype(np.float64), "rstd": np.dtype(np.float64)}
 
@@ -289,18 +428,20 @@ _WIDE = {"mean": np.dtype(np.float64), "rstd": np.dtype(np.float64)}
 def typed_arguments(plan: LaunchPlan, arguments: dict[str, Any]) -> list[Any]:
     """The arguments of a kernel in its order: arrays and None as they are, numbers in the kernel's own types.
 
-    Integers are 64-bit but for the last four sizes; a scalar of another width would be read as garbage.  A row of
-    the kernel is `fold` rows of its tensors, which are dense then.
+    Integers are 64-bit but for the last four sizes and the room of a fused kernel; a scalar of another width would
+    be read as garbage.  A row of the kernel is `fold` rows of its tensors, which are dense then.
     """
     before, after = KERNELS[plan.kernel]
     fold = plan.tiles.fold
     arguments = {name: fold * value if name.endswith("_stride") else value for name, value in arguments.items()}
-    workspace = ("partials", "arrivals") if plan.kernel in MERGING else ()
+    workspace: tuple[str, ...] = ("partials", "barriers") if plan.fused else ()
+    if plan.kernel in MERGING and not plan.fused:
+        workspace = ("partials", "arrivals")
     sizes = plan.tiles.sizes
     return [
         *(_typed(arguments[name]) for name in before.split()),
         *(np.int64(size) for size in sizes[:-4]),
-        *(np.int32(size) for size in sizes[-4:]),
+        *(np.int32(size) for size in (*sizes[-4:], *((plan.room,) if plan.fused else ()))),
         *(_typed(arguments[name]) for name in (*workspace, *after.split())),
     ]
 
@@ -309,6 +450,13 @@ def _typed(value: Any) -> Any:
     if isinstance(value, int):
         return np.int64(value)
     return np.float64(value) if isinstance(value, float) else value
+
+
+def _form(active: Array | None) -> int:
+    """How `active` keeps what ReLU let pass: KEPT of kernels/marks.cuh."""
+    if active is None:
+        return 0
+    return PACKED if active.ndim == 1 else BYTES
 
 
 def _shape(problem: Problem) -> tuple[int, int, int]:
@@ -330,10 +478,13 @@ class _Tensors:
                     tensor = backend.contiguous(tensor, tensor.dtype)
                 else:
                     stride = given
-                places.append((backend.address(tensor), stride))
+                places.append((backend.address(tensor) % VECTOR_BYTES, stride))
             self.arguments[name] = tensor
             self.arguments[f"{name}_stride"] = stride
-        self.memory = Memory.of(places, row_length, ITEM_BYTES[problem.dtype])
+        self.memory = _memory(tuple(places), row_length, ITEM_BYTES[problem.dtype])
+
+
+_memory = lru_cache(maxsize=4096)(Memory.of)
 
 
 class _Result:
