@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cubn.chunks import as_dask, is_dask, map_chunks
 from cubn.dispatch import machine_for
 from cubn.machines import Backward, Running
 from cubn.moments import Moments, reciprocal_std
 from cubn.namespace import Array, dtype_name, is_static_count, widest_float
 from cubn.problem import Call, Problem, pose, require_training_samples, require_variance
 from cubn.state import RunningStatistics
-from cubn.sync import Sync, gather_moments, gather_sums
+from cubn.sync import Sync
+from cubn.sync.exchange import gather_moments, gather_sums, together
 
 
 class Gradients(NamedTuple):
@@ -194,19 +197,23 @@ def training_forward(
     empty_allowed: bool = False,
 ) -> tuple[Array, Saved, RunningStatistics | None]:
     """`batch_norm` as a layer needs it: `running` absorbs the batch, and a batch may be of no samples at all."""
-    x, call = pose(x, channel_axis=channel_axis, eps=eps, activation=activation)
-    problem = call.problem
-    gamma_c, beta_c = _parameters(call, gamma, beta)
-    residual_c = None if residual is None else call.values("residual", residual)
-    where_c = None if where is None else call.mask(where)
-    if out is not None:
-        call.require_out(out, x=x, gamma=gamma, beta=beta, residual=residual, where=where)
-    if sync is None and not (empty_allowed and problem.samples == 0):
-        require_training_samples(problem.samples, call.layout)
+    with together(sync):  # what is wrong here is raised on every rank
+        x, call = pose(x, channel_axis=channel_axis, eps=eps, activation=activation)
+        problem = call.problem
+        gamma_c, beta_c = _parameters(call, gamma, beta)
+        residual_c = None if residual is None else call.values("residual", residual)
+        where_c = None if where is None else call.mask(where)
+        if out is not None:
+            call.require_out(out, x=x, gamma=gamma, beta=beta, residual=residual, where=where)
+        if sync is None and not (empty_allowed and problem.samples == 0):
+            require_training_samples(problem.samples, call.layout)
 
-    machine = machine_for(call.library)
-    x_c = call.canonical(x)
-    target, view = call.destination(out)
+        machine = machine_for(call.library)
+        x_c = call.canonical(x)
+        target, view = call.destination(out)
+        if sync is not None:
+            with np.errstate(all="ignore"):
+                share = machine.moments(problem, x_c, where_c)
     moved, at_once = None, None
     if running is not None and sync is None and where is None:
         at_once = _running(call, running, momentum)
@@ -216,7 +223,7 @@ def training_forward(
                 problem, x_c, gamma_c, beta_c, residual_c, where_c, view, at_once
             )
         else:
-            batch = gather_moments(sync, call, machine.moments(problem, x_c, where_c))
+            batch = gather_moments(sync, call, share)
             if is_static_count(batch.count) and not (empty_allowed and batch.count == 0):
                 require_training_samples(batch.count, call.layout)
             rstd = reciprocal_std(batch.wide_var, problem.eps)
@@ -236,7 +243,14 @@ def training_forward(
     return call.deliver(result, target, view), saved, running
 
 
-def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, out: Array | None = None) -> Gradients:
+def batch_norm_backward(
+    dy: Array,
+    saved: Saved,
+    *,
+    sync: Sync | None = None,
+    reduce_parameters: bool = False,
+    out: Array | None = None,
+) -> Gradients:
     """Gradients of `batch_norm`, the paths through mean and variance included.
 
     With dz = dy where the activation let it pass and 0 elsewhere, and xhat = (x - mean) * rstd
@@ -253,7 +267,10 @@ def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, ou
         From `batch_norm`.  It may be used more than once.
     sync : Sync, optional
         The ranks of the forward pass.  dx takes the sums over all of them; dgamma and dbeta stay those of
-        this rank, as data-parallel training adds them up with every other parameter's.
+        this rank, as data-parallel training adds them up with every other parameter's.  Every rank calls, also
+        one without samples and one that needs no dx.
+    reduce_parameters : bool
+        Return dgamma and dbeta summed over all ranks: the same bits on each, and no further message.
     out : array like x, optional
         Memory for dx.
 
@@ -266,7 +283,9 @@ def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, ou
     Raises
     ------
     ShapeError, DTypeError, DeviceError, ValueError
-        If dy or `out` does not go with x.
+        If dy or `out` does not go with x.  With `sync`, on all ranks if on one.
+    SyncError
+        If the ranks are in different calls, or one of them did not come in time.
 
     Examples
     --------
@@ -280,41 +299,44 @@ def batch_norm_backward(dy: Array, saved: Saved, *, sync: Sync | None = None, ou
     >>> bool(np.abs(grads.dx.sum(axis=0)).max() < 1e-12)     # the mean was taken away
     True
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(
-            f"saved is a {type(saved).__name__}, but the gradients are taken from what the forward pass has kept; "
-            f"pass the second value that batch_norm returned."
-        )
-    call, operands = saved.call, saved.operands
-    if (None if sync is None else sync.size) != operands.ranks:
-        taken_over = "this process alone" if operands.ranks is None else f"{operands.ranks} ranks"
-        raise ValueError(
-            f"sync is {sync!r}, but the forward pass took its statistics over {taken_over}; "
-            f"pass the sync of the forward pass to the backward pass."
-        )
-    dy_c = call.values("dy", dy)
-    if out is not None:
-        call.require_out(
-            out, dy=dy, x=saved.x, gamma=operands.gamma, beta=operands.beta, where=operands.where
-        )  # fmt: skip
-    machine = machine_for(call.library)
-    target, view = call.destination(out)
-    problem, count = call.problem, operands.count
-    x, mean, rstd, gamma, beta = operands[:5]
-    where, active = operands.where, operands.active
-    wants_dresidual = operands.has_residual and _changes_gradient(problem, where)
+    with together(sync):
+        if not isinstance(saved, Saved):
+            raise TypeError(
+                f"saved is a {type(saved).__name__}, but the gradients are taken from what the forward pass has kept; "
+                f"pass the second value that batch_norm returned."
+            )
+        call, operands = saved.call, saved.operands
+        if (None if sync is None else sync.size) != operands.ranks:
+            taken_over = "this process alone" if operands.ranks is None else f"{operands.ranks} ranks"
+            raise ValueError(
+                f"sync is {sync!r}, but the forward pass took its statistics over {taken_over}; "
+                f"pass the sync of the forward pass to the backward pass."
+            )
+        dy_c = call.values("dy", dy)
+        if out is not None:
+            call.require_out(
+                out, dy=dy, x=saved.x, gamma=operands.gamma, beta=operands.beta, where=operands.where
+            )  # fmt: skip
+        machine = machine_for(call.library)
+        target, view = call.destination(out)
+        problem, count = call.problem, operands.count
+        x, mean, rstd, gamma, beta = operands[:5]
+        where, active = operands.where, operands.active
+        wants_dresidual = operands.has_residual and _changes_gradient(problem, where)
+        if sync is not None:
+            with np.errstate(all="ignore"):
+                sums = machine.gradient_sums(problem, dy_c, x, mean, rstd, gamma, beta, where, active)
     with np.errstate(all="ignore"):
         if sync is None:
             found = machine.backward(
                 problem, dy_c, x, mean, rstd, gamma, beta, count, where, active, wants_dresidual, view
             )
         else:
-            sums = machine.gradient_sums(problem, dy_c, x, mean, rstd, gamma, beta, where, active)
             total = gather_sums(sync, call, sums)
             dx, dresidual = machine.input_gradient(
                 problem, dy_c, x, mean, rstd, gamma, beta, count, total, where, active, wants_dresidual, view
             )
-            found = Backward(dx, dresidual, sums)
+            found = Backward(dx, dresidual, total if reduce_parameters else sums)
     return Gradients(
         call.deliver(found.dx, target, view),
         None if gamma is None else call.user_channels(found.sums.dy_xhat),
@@ -358,6 +380,8 @@ def batch_norm_inference(
     Returns
     -------
     y : array like x
+        Of a Dask array one of the same chunks, still to be computed; the other arrays may then be those of its
+        blocks, and the machine of the blocks computes.
 
     Raises
     ------
@@ -382,6 +406,8 @@ def batch_norm_inference(
             out, x=None if _same(out, x) else x, mean=mean, var=var, gamma=gamma, beta=beta,
             residual=None if _same(out, residual) else residual, where=where,
         )  # fmt: skip
+    elif is_dask(x):
+        return _by_chunks(x, call, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual, where=where)
     target, view = call.destination(out)
     with np.errstate(all="ignore"):
         result, _ = machine_for(call.library).normalize(
@@ -503,6 +529,25 @@ def moments(x: Array, *, channel_axis: int | Sequence[int] = 1, where: Array | N
     return _for_user(call, result)
 
 
+def _by_chunks(x: Array, call: Call, *, residual: Array | None, where: Array | None, **constants: Any) -> Array:
+    """`batch_norm_inference` of a Dask array, checked and still to be computed, in the chunks of x."""
+    layout, xp = call.layout, call.library.xp
+    per_channel = {
+        name: layout.unflatten(call.per_channel(name, values), xp)
+        for name, values in constants.items()
+        if values is not None
+    }
+    like_x = {
+        name: values if is_dask(values) else as_dask(np.asarray(values))
+        for name, values in (("residual", residual), ("where", where))
+        if values is not None
+    }
+    return map_chunks(
+        batch_norm_inference, x, layout.channel_axes, per_channel, like_x,
+        channel_axis=layout.channel_axes, eps=call.problem.eps, activation=call.problem.activation,
+    )  # fmt: skip
+
+
 def _for_user(call: Call, batch: Moments) -> Moments:
     """Moments with the channels' own shape and order; still as wide as they were summed."""
     if len(call.layout.channel_axes) == 1:
@@ -522,6 +567,11 @@ def _parameters(call: Call, gamma: Array | None, beta: Array | None) -> tuple[Ar
 def _constants(call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
     """The given mean and the reciprocal standard deviation of the given var, wide and canonical."""
     mean_c, var_c = call.per_channel("mean", mean), call.per_channel("var", var)
+    if call.library.is_numpy:
+        total = var_c.astype(np.float64)
+        total += call.problem.eps
+        if np.minimum.reduce(total, initial=inf) > call.problem.eps:  # nothing is negative, zero or NaN
+            return mean_c.astype(np.float64), 1.0 / np.sqrt(total)
     xp, wide = call.library.xp, widest_float(call.library)
     require_variance(var_c, call.library)
     with np.errstate(all="ignore"):

@@ -23,6 +23,7 @@ from cubn.namespace import Array, dtype_name, is_array, library_of, may_overlap,
 from cubn.problem import require_activation, require_eps
 from cubn.state import RunningStatistics, require_momentum
 from cubn.sync import Sync
+from cubn.sync.exchange import together
 
 
 class BatchNorm:
@@ -192,8 +193,10 @@ class BatchNorm:
         -------
         y : array like x
         """
-        x = self._require_input(x)
-        if self.training or self._running is None:
+        with_batch = self.training or self._running is None
+        with together(self.sync if with_batch else None):
+            x = self._require_input(x)
+        if with_batch:
             y, self._saved, self._running = training_forward(
                 x, self.gamma, self.beta, channel_axis=self.channel_axis, eps=self.eps,
                 activation=self.activation, residual=residual, where=where, sync=self.sync, out=out,
@@ -213,7 +216,7 @@ class BatchNorm:
         self._saved = None if written_over else constant
         return y
 
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+    def backward(self, dy: Array, *, out: Array | None = None, reduce_parameters: bool = False) -> Array:
         """Gradient of the last call with respect to x; sets `gamma_grad` and `beta_grad`.
 
         Parameters
@@ -222,6 +225,8 @@ class BatchNorm:
             Gradient of the loss with respect to y.
         out : array like x, optional
             Memory for dx.
+        reduce_parameters : bool
+            With `sync`, set the gradients of all ranks together; by default those of this rank's samples alone.
 
         Returns
         -------
@@ -234,12 +239,13 @@ class BatchNorm:
         """
         saved = self._saved
         if saved is None:
-            raise RuntimeError(
-                "backward was called before forward, or after one that wrote y over its input, but a gradient is "
-                "taken at an x; call the layer on x first."
-            )
+            with together(self.sync if self.training else None):
+                raise RuntimeError(
+                    "backward was called before forward, or after one that wrote y over its input, but a gradient is "
+                    "taken at an x; call the layer on x first."
+                )
         if isinstance(saved, Saved):
-            grads = batch_norm_backward(dy, saved, sync=self.sync, out=out)
+            grads = batch_norm_backward(dy, saved, sync=self.sync, reduce_parameters=reduce_parameters, out=out)
         else:
             grads = batch_norm_inference_backward(
                 dy, saved.x, saved.running.mean, saved.running.var, saved.gamma, saved.beta,

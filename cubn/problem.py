@@ -7,7 +7,7 @@ error that a user can make with arrays is raised here, before any arithmetic.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import inf
 from numbers import Real
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from cubn.chunks import as_dask
 from cubn.errors import DTypeError, ShapeError
 from cubn.layout import Layout, arrange, normalise_axes
 from cubn.namespace import (
@@ -25,6 +26,7 @@ from cubn.namespace import (
     broadcastable,
     dtype_name,
     is_array,
+    library_of,
     may_overlap,
     require_same_library,
 )
@@ -80,11 +82,22 @@ class Call:
         """The library's dtype object of the statistics."""
         return self.library.dtype(self.problem.statistics_dtype)
 
+    @cached_property
+    def _numpy_channels(self) -> bool:
+        """True if values per channel are NumPy arrays of one axis, which need no rearranging."""
+        return self.library.is_numpy and len(self.layout.channel_axes) == 1
+
+    @cached_property
+    def _ready(self) -> Any:
+        """The dtype in which such arrays are used as they are; None where there are none."""
+        return np.dtype(self.problem.statistics_dtype) if self._numpy_channels else None
+
     def canonical(self, array: Array) -> Array:
         """An array of x's shape as (outer, channels, inner), in native byte order and aligned."""
         if not _plain(array):
             array = np.require(array, array.dtype.newbyteorder("="), "A")
-        return self.layout.canonical(array, self.library.xp)
+        with self.library.here():
+            return self.layout.canonical(array, self.library.xp)
 
     def values(self, name: str, array: Any) -> Array:
         """An array that has the shape, dtype and library of x, in canonical form."""
@@ -114,20 +127,30 @@ class Call:
                 f"where has shape {tuple(where.shape)}, which does not broadcast to x of shape {self.layout.shape}; "
                 f"pass one whose trailing axes have the sizes of x or 1."
             )
-        return self.layout.canonical(self.library.xp.broadcast_to(where, self.layout.shape), self.library.xp)
+        with self.library.here():
+            return self.layout.canonical(self.library.xp.broadcast_to(where, self.layout.shape), self.library.xp)
 
     def per_channel(self, name: str, values: Any) -> Array:
         """One number per channel, (channels,) in canonical order and in the statistics' dtype."""
-        layout, wanted = self.layout, self.problem.statistics_dtype
         if (
             type(values) is np.ndarray
-            and self.library.is_numpy
-            and len(layout.channel_axes) == 1
-            and values.shape == (self.problem.channels,)
-            and dtype_name(values.dtype) == wanted
-            and _plain(values)
+            and values.dtype is self._ready
+            and values.shape == self.layout.channel_shape
+            and values.flags.aligned
         ):
             return values  # what a training loop passes, thousands of times a second
+        layout, wanted = self.layout, self.problem.statistics_dtype
+        if (
+            len(layout.channel_axes) == 1
+            and self.library.strided
+            and is_array(values)
+            and values.shape == (self.problem.channels,)
+            and dtype_name(values.dtype) == wanted
+            and library_of(values) is self.library
+            and (type(values) is np.ndarray or not self.library.is_numpy)
+            and _plain(values)
+        ):
+            return values  # likewise, of CuPy
         weak = not is_array(values)
         values = self._of_this_library(name, values)
         if tuple(values.shape) != layout.channel_shape:
@@ -139,15 +162,19 @@ class Call:
                     f"{name} has dtype {given}, but x of {self.problem.dtype} has statistics and parameters in "
                     f"{wanted}, to which only narrower floats are widened; pass {name} as {wanted}."
                 )
-            values = self.library.xp.astype(values, self.statistics_dtype)
+            with self.library.here():
+                values = self.library.xp.astype(values, self.statistics_dtype)
         return layout.flatten(values, self.library.xp)
 
     def user_channels(self, values: Array | None) -> Array | None:
         """Per-channel results in the shape and dtype that users see."""
         if values is None:
             return None
+        if self._numpy_channels:
+            return values.astype(self._ready, copy=False)
         if values.dtype != self.statistics_dtype:
-            values = self.library.xp.astype(values, self.statistics_dtype)
+            with self.library.here():
+                values = self.library.xp.astype(values, self.statistics_dtype)
         return self.layout.unflatten(values, self.library.xp)
 
     def require_out(self, out: Any, **inputs: Array | None) -> None:
@@ -194,13 +221,16 @@ class Call:
         restored = self.layout.restore(result, self.library.xp)
         if target is None:
             return restored
-        target[...] = restored
+        with self.library.here():
+            target[...] = restored
         return target
 
     def _of_this_library(self, name: str, values: Any) -> Array:
         if not is_array(values):
             return self.library.asarray(values)
-        values, _ = adopt(values, name)
+        values, library = adopt(values, name)
+        if self.library.name == "dask" and library.strided:
+            return as_dask(values)  # the blocks of x are such arrays
         require_same_library(name, values, self.library)
         return values
 
@@ -209,7 +239,25 @@ def pose(
     x: Any, *, channel_axis: int | Sequence[int], eps: float = 0.0, activation: str | None = None
 ) -> tuple[Array, Call]:
     """Check x and the options, and return x as an array with the call it makes."""
+    if type(x) is np.ndarray and type(channel_axis) is int:
+        try:
+            return x, _numpy_call(x.shape, x.strides, x.dtype, channel_axis, eps, activation)
+        except TypeError:
+            pass  # what cannot be looked up; what is wrong with it is said below
     x, library = adopt(x)
+    return x, _posed(x, library, channel_axis, eps, activation)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _numpy_call(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, channel_axis: int, eps: float, activation: str | None
+) -> Call:
+    """What `_posed` gives for arrays of this form: a training loop asks for the same thousands of times a second."""
+    like = np.lib.stride_tricks.as_strided(np.empty(0, dtype), shape, strides)  # has no memory, and is not read
+    return _posed(like, adopt(like)[1], channel_axis, eps, activation)
+
+
+def _posed(x: Array, library: Library, channel_axis: int | Sequence[int], eps: float, activation: str | None) -> Call:
     require_eps(eps)
     require_activation(activation)
     name = dtype_name(x.dtype)
@@ -219,9 +267,14 @@ def pose(
             f"pass x as one of these{_remedy(name)}."
         )
     shape = tuple(x.shape)
+    if library.name == "dask" and any(size != size for size in shape):  # NaN
+        raise ShapeError(
+            f"x is a Dask array with chunks of unknown size (shape {shape}), but a mean is taken over a number of "
+            f"samples; call x.compute_chunk_sizes() first."
+        )
     axes = _one_axis(channel_axis, shape) if type(channel_axis) is int else normalise_axes(channel_axis, shape)
     strides = tuple(x.strides) if library.strided else None
-    return x, _call(shape, strides, axes, name, float(eps), activation, library, x.dtype)
+    return _call(shape, strides, axes, name, float(eps), activation, library, x.dtype)
 
 
 @lru_cache(maxsize=4096)

@@ -9,11 +9,13 @@ import oracle
 import pytest
 
 import cubn
+from cubn.sync import exchange, rounds
+from cubn.sync.rounds import EqualRounds
 
 # Ranks that are threads, and what became of each
 
 
-def outcomes(function, size, *, timeout=20.0, missing=()):
+def outcomes(function, size, *, shape=None, timeout=20.0, missing=(), ranks=None):
     """function(rank, communicator) on a thread each; in rank order, what it returned or the exception it raised."""
 
     def attempt(rank, communicator):
@@ -22,7 +24,9 @@ def outcomes(function, size, *, timeout=20.0, missing=()):
         except Exception as error:
             return error
 
-    ranks = [(rank, sync) for rank, sync in enumerate(cubn.sync.threads(size, timeout=timeout)) if rank not in missing]
+    if ranks is None:
+        ranks = [sync for sync in cubn.sync.threads(size, shape=shape, timeout=timeout) if sync.rank not in missing]
+    ranks = [(sync.rank, sync) for sync in ranks]
     with ThreadPoolExecutor(size) as pool:
         # A thread starts without its parent's context, and that holds which machine computes.
         return list(pool.map(lambda one: one[0].run(attempt, *one[1]), [(copy_context(), one) for one in ranks]))
@@ -325,7 +329,19 @@ def test_ranks_that_go_back_through_different_layers_all_hear_of_it():
         saved = [cubn.batch_norm(x, sync=sync)[1] for x in layers]
         return cubn.batch_norm_backward(layers[rank], saved[rank], sync=sync)
 
-    assert_all_raise(one_rank, 2, cubn.SyncError, "[6, 8]", "batch_norm_backward", "same layer on all ranks")
+    assert_all_raise(one_rank, 2, cubn.SyncError, "4 against 3", "call batch_norm_backward with the same channels")
+
+
+def test_a_rank_that_goes_back_while_others_go_on_is_heard_of_everywhere():
+    def one_rank(rank, sync):
+        x = np.random.default_rng(rank).normal(size=(4, 3))
+        _, saved = cubn.batch_norm(x, sync=sync)
+        if rank == 2:
+            return cubn.batch_norm_backward(x, saved, sync=sync)
+        return cubn.batch_norm(x, sync=sync)
+
+    words = ("rank 2 is in batch_norm_backward while rank 0 is in batch_norm", "the same layers in the same order")
+    assert_all_raise(one_rank, 3, cubn.SyncError, *words)
 
 
 @pytest.mark.parametrize(("counts", "words"), [((1, 0), "one sample per channel"), ((0, 0, 0), "empty batch")])
@@ -374,14 +390,306 @@ def test_a_lost_rank_leaves_every_layer_as_it_was():
             bn.backward(np.ones((4, 3), np.float32))
 
 
-def test_a_rank_whose_input_is_bad_does_not_leave_the_others_waiting_for_ever():
-    def one_rank(rank, sync):
-        gamma = np.ones(4 if rank == 0 else 3)
-        return cubn.batch_norm(np.ones((4, 3)), gamma, sync=sync)
+BAD_CALLS = {
+    "gamma": (lambda x, y: cubn.batch_norm(x, np.ones(4), sync=y), cubn.ShapeError, "gamma has shape (4,)"),
+    "a list of words": (lambda x, y: cubn.batch_norm(["a", "b"], sync=y), cubn.DTypeError, "x has dtype"),
+    "eps": (lambda x, y: cubn.batch_norm(x, eps=-1.0, sync=y), ValueError, "eps is -1.0"),
+    "eps of no number": (lambda x, y: cubn.batch_norm(x, eps="1", sync=y), TypeError, "eps is '1'"),
+    "out": (lambda x, y: cubn.batch_norm(x, out=x, sync=y), ValueError, "out overlaps x"),
+    "a layer's x": (lambda x, y: cubn.BatchNorm(5, sync=y)(x), cubn.ShapeError, "5"),
+    "dy": (
+        lambda x, y: cubn.batch_norm_backward(x[:1], cubn.batch_norm(x, sync=y)[1], sync=y),
+        cubn.ShapeError, "dy has shape (1, 3)",
+    ),
+    "saved": (
+        lambda x, y: cubn.batch_norm_backward(x, cubn.batch_norm(x, sync=y), sync=y), TypeError, "saved is a tuple",
+    ),
+    "saved by one process": (
+        lambda x, y: (cubn.batch_norm(x, sync=y), cubn.batch_norm_backward(x, cubn.batch_norm(x)[1], sync=y)),
+        ValueError, "pass the sync of the forward pass",
+    ),
+}  # fmt: skip
 
-    first, second = outcomes(one_rank, 2, timeout=0.2)
-    assert type(first) is cubn.ShapeError
-    assert type(second) is cubn.SyncError
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_what_is_refused_on_one_rank_is_raised_on_all_at_once(call, shape):
+    """The refusal travels in the all-gather that the others wait in: nobody waits for the timeout."""
+    bad, error, words = BAD_CALLS[call]
+
+    def one_rank(rank, sync):
+        x = np.random.default_rng(rank).normal(size=(4, 3))
+        if rank == 1:
+            return bad(x, sync)
+        _, saved = cubn.batch_norm(x, sync=sync)
+        return cubn.batch_norm_backward(x, saved, sync=sync)
+
+    start = time.perf_counter()
+    found = outcomes(one_rank, 3, shape=shape)
+    assert time.perf_counter() - start < 10
+    assert [type(one) for one in found] == [error] * 3
+    assert all(words in str(one) for one in found)
+    assert str(found[0]) == str(found[2]) == f"rank 1: {found[1]}"
+
+
+def test_what_nobody_expects_on_one_rank_is_out_of_step_on_the_others():
+    class Broken:
+        def __array__(self, *_, **__):
+            raise OSError("disk on fire")
+
+    def one_rank(rank, sync):
+        return cubn.batch_norm(Broken() if rank == 0 else np.ones((4, 3)), sync=sync)
+
+    first, *others = outcomes(one_rank, 3)
+    assert type(first) is OSError
+    for one in others:
+        assert type(one) is cubn.SyncError
+        assert str(one) == "rank 0: it met a OSError (disk on fire) and is out of step"
+
+
+def test_a_layer_that_goes_back_before_it_went_forward_is_heard_of_everywhere():
+    def one_rank(rank, sync):
+        layer = cubn.BatchNorm(CHANNELS, dtype="float64", sync=sync)
+        x = np.random.default_rng(rank).normal(size=(4, CHANNELS))
+        return layer.backward(x) if rank == 1 else layer(x)
+
+    first, odd, _ = outcomes(one_rank, 3, timeout=5)
+    assert type(odd) is RuntimeError
+    assert type(first) is cubn.SyncError
+    assert "rank 1: it met a RuntimeError (backward was called before forward" in str(first)
+
+
+def test_ranks_that_have_all_raised_may_go_on_together():
+    x, *_ = whole_batch()
+    counts = (5, 0, 7)
+
+    def one_rank(rank, sync):
+        layer = cubn.BatchNorm(CHANNELS, dtype="float64", sync=sync)
+        for attempt in (np.ones((4, 2)) if rank == 1 else cut(x, counts)[rank], np.ones((int(rank == 0), CHANNELS))):
+            with pytest.raises(cubn.ShapeError):
+                layer(attempt)
+            assert (layer.num_batches_tracked, layer.running_mean.tolist()) == (0, [0.0] * CHANNELS)
+        return layer(cut(x, counts)[rank])
+
+    y = np.concatenate(results(one_rank, 3))
+    oracle.assert_within(y, oracle.batch_norm(x, np.ones(3), np.zeros(3), roundoff=roundoff(x, 3)).y)
+
+
+def test_gradients_of_the_parameters_are_those_of_all_ranks_where_asked(machine):
+    x, dy, *_ = whole_batch()
+    counts = (4, 0, 8)
+    exact = oracle.batch_norm(x, np.ones(3), np.zeros(3), dy=dy, roundoff=roundoff(x, 3))
+
+    def one_rank(rank, sync):
+        layer = cubn.BatchNorm(CHANNELS, dtype="float64", sync=sync)
+        layer(cut(x, counts)[rank])
+        layer.backward(cut(dy, counts)[rank], reduce_parameters=True)
+        return layer.gamma_grad, layer.beta_grad
+
+    found = results(one_rank, 3)
+    for each, name in zip(zip(*found, strict=True), ("dgamma", "dbeta"), strict=True):
+        assert_same_bits(each)
+        oracle.assert_within(each[0], getattr(exact, name), name)
+
+
+# Grids of ranks
+
+
+@pytest.mark.parametrize("options", ["everything", "masked on one rank"])
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (3, 2), (2, 2, 2), (1, 4)], ids=str)
+def test_a_grid_of_ranks_computes_what_one_process_does(shape, options):
+    size = int(np.prod(shape))
+    counts = tuple(np.bincount(np.arange(12) * 5 % 7 % size, minlength=size))
+    x, dy, residual, random_mask = whole_batch()
+    where, masked_ranks = mask(OPTIONS[options].get("where"), random_mask, counts)
+    residual = residual if OPTIONS[options].get("residual") else None
+    gamma, beta = np.array([1.5, -0.5, 2.0]), np.array([0.1, 0.2, -0.3])
+
+    def one_rank(rank, sync):
+        assert (sync.rank, sync.size) == (rank, size)
+        mine = [None if values is None else cut(values, counts)[rank] for values in (x, dy, residual, where)]
+        y, saved = cubn.batch_norm(
+            mine[0], gamma, beta, residual=mine[2], sync=sync, where=mine[3] if rank in masked_ranks else None
+        )
+        return y, saved.moments, cubn.batch_norm_backward(mine[1], saved, sync=sync).dx
+
+    found = results(one_rank, size, shape=shape)
+    exact = oracle.batch_norm(x, gamma, beta, residual=residual, where=where, dy=dy, roundoff=roundoff(x, size))
+    oracle.assert_within(np.concatenate([y for y, _, _ in found]), exact.y, "y")
+    oracle.assert_within(np.concatenate([dx for _, _, dx in found]), exact.dx, "dx")
+    for name in ("wide_mean", "wide_m2", "count"):
+        assert_same_bits([getattr(moments, name) for _, moments, _ in found])
+
+
+def test_a_grid_names_a_rank_that_disagrees_by_its_own_number():
+    def one_rank(rank, sync):
+        return cubn.batch_norm(np.ones((4, 5 if rank == 5 else 3)), sync=sync)
+
+    found = outcomes(one_rank, 6, shape=(2, 3))
+    assert {type(one) for one in found} == {cubn.SyncError}
+    assert len({str(one) for one in found}) == 1
+    assert "rank 5 has another channels than rank 4" in str(found[0])
+
+
+def test_a_rank_that_is_missing_from_a_grid_is_missed_everywhere():
+    """Rank 2 misses its neighbour 3, and tells those across."""
+
+    def one_rank(rank, sync):
+        return cubn.batch_norm(np.ones((4, 3)), sync=sync)
+
+    start = time.perf_counter()
+    communicators = cubn.sync.threads(6, shape=(2, 3), timeout=1.0)
+    found = outcomes(one_rank, 6, ranks=[sync for sync in communicators if sync.rank != 3])
+    assert time.perf_counter() - start < 10
+    assert [type(one) for one in found] == [cubn.SyncError] * 5
+    assert str(found[0]) == str(found[2]) == str(found[3])
+    assert "on side 0 of the grid around rank 2, rank 0 waited for 2 ranks" in str(found[2])
+
+
+def test_a_grid_gathers_what_every_rank_has_sent():
+    def one_rank(rank, sync):
+        return [part.tolist() for part in sync.all_gather(np.arange(float(rank)))]
+
+    wanted = [list(map(float, range(rank))) for rank in range(6)]
+    assert results(one_rank, 6, shape=(3, 2)) == [wanted] * 6
+
+
+def test_a_grid_along_its_sides_receives_fewer_payloads():
+    """24 ranks: 23 payloads at once, 3 + 5 in a grid of 4 by 6."""
+    received = {None: 0, (4, 6): 0}
+    for shape in received:
+
+        def one_rank(rank, sync, shape=shape):
+            for stage in getattr(sync, "stages", (sync,)):
+                gather = stage.all_gather
+
+                def counted(payload, gather=gather):
+                    rows = gather(payload)
+                    received[shape] += (len(rows) - 1) * (rank == 0)
+                    return rows
+
+                stage.all_gather = counted
+            return cubn.batch_norm(np.full((1, 3), float(rank)), sync=sync)[1].moments.mean.tolist()
+
+        assert results(one_rank, 24, shape=shape) == [[11.5] * 3] * 24
+    assert received == {None: 23, (4, 6): 8}
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 2), (3, -1), (1.5, 2), "3"])
+def test_a_grid_of_another_number_of_ranks_is_refused(shape):
+    with pytest.raises(ValueError, match=r"3 ranks are laid out.*whose product is 3"):
+        cubn.sync.threads(3, shape=shape)
+    with pytest.raises(ValueError, match="one side at least"):
+        cubn.sync.grid([])
+
+
+# Adapters whose library knows one length only
+
+
+class Equal(EqualRounds):
+    """Ranks that are threads, and a library that breaks where lengths differ."""
+
+    def __init__(self, sync):
+        super().__init__()
+        self.rank, self.size, self._sync = sync.rank, sync.size, sync
+        self.rounds = []
+
+    def _gather_equal(self, row):
+        rows = self._sync.all_gather(row)
+        assert len({len(one) for one in rows}) == 1, "ranks sent rows of different lengths"
+        self.rounds.append(len(row))
+        return np.stack(rows)
+
+
+def test_every_payload_arrives_as_it_was_sent_however_lengths_change():
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([0, 3, 511, 512, 513, 900, 2000], size=(60, 3))
+
+    def one_rank(rank, sync):
+        sync = Equal(sync)
+        for step, each in enumerate(lengths):
+            found = sync.all_gather(np.full(each[rank], 10.0 * step + rank))
+            assert [len(part) for part in found] == list(each)
+            assert all((part == 10.0 * step + other).all() for other, part in enumerate(found))
+
+    results(one_rank, 3)
+
+
+RESNET = [64, *[64, 64, 256, 256], *[64, 64, 256] * 2, *[128, 128, 512, 512], *[128, 128, 512] * 3,
+          *[256, 256, 1024, 1024], *[256, 256, 1024] * 5, *[512, 512, 2048, 2048], *[512, 512, 2048] * 2]  # fmt: skip
+
+
+def test_a_network_needs_one_round_a_layer_from_the_third_step_on_and_no_byte_more():
+    """Forward 8 + 2 C numbers and backward the same, and one for the length."""
+    network = RESNET + RESNET[::-1]
+    assert (len(RESNET), sum(RESNET)) == (53, 26560)
+
+    def one_rank(_, sync):
+        sync = Equal(sync)
+        for step in range(5):
+            if step == 3:
+                sync.rounds.clear()
+            for channels in network:
+                sync.all_gather(np.zeros(8 + 2 * channels))
+        return sync.rounds
+
+    assert results(one_rank, 2) == [[9 + 2 * channels for channels in network] * 2] * 2
+
+
+def test_expectations_survive_the_end_of_their_memory(monkeypatch):
+    monkeypatch.setattr(rounds, "MEMORY", 50)
+    expected = rounds.Expectation()
+    surprises = 0
+    for step in range(40):
+        for length in (600, 700, 700, 800, 700):
+            surprises += (step > 2) * (expected.length != length)
+            expected.learn(length)
+    assert surprises == 0
+    assert len(expected._past) <= 51
+
+
+def test_ranks_that_disagree_hear_of_it_over_such_a_library_too():
+    def one_rank(rank, sync):
+        sync = Equal(sync)
+        errors = []
+        for channels, gamma in ((3, 3), (900 if rank == 1 else 3, None), (700, 5 if rank == 0 else 700), (700, 700)):
+            x = np.random.default_rng(rank).normal(size=(4, channels))
+            try:
+                cubn.batch_norm(x, None if gamma is None else np.ones(gamma), sync=sync)
+            except Exception as error:
+                errors.append(type(error))
+            else:
+                errors.append(None)
+        return errors
+
+    assert results(one_rank, 3) == [[None, cubn.SyncError, cubn.ShapeError, None]] * 3
+
+
+def test_one_forward_and_one_backward_pass_are_one_all_gather_each():
+    def one_rank(rank, sync):
+        sync = Equal(sync)
+        _, saved = cubn.batch_norm(np.random.default_rng(rank).normal(size=(4, 16)), sync=sync)
+        assert len(sync.rounds) == 1
+        cubn.batch_norm_backward(np.ones((4, 16)), saved, sync=sync)
+        return len(sync.rounds)
+
+    assert results(one_rank, 3) == [2, 2, 2]
+
+
+def test_counts_stay_exact_where_the_library_knows_float32_only():
+    """2**24 + 1 is no float32; a rank that held so many samples would be one short."""
+    strict = pytest.importorskip("array_api_strict")
+    from cubn.problem import pose
+
+    with strict.ArrayAPIStrictFlags(api_version="2024.12"):
+        x = strict.zeros((2, 1), dtype=strict.float32, device=strict.Device("no_float64"))
+    _, call = pose(x, channel_axis=1)
+    own = cubn.Moments(2**24 + 1, x[0, :], x[0, :])
+
+    def one_rank(_, sync):
+        return exchange.gather_moments(sync, call, own).count
+
+    assert results(one_rank, 2) == [2**25 + 2] * 2
 
 
 def test_communicators_are_of_no_use_after_an_error():

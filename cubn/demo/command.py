@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from time import perf_counter
 
+from cubn.demo import parallel
 from cubn.demo.digits import TEST_IMAGES, TRAIN_IMAGES
 from cubn.demo.figure import draw, typical_sigmoid
 from cubn.demo.training import BATCH, RATES, STEPS, History, train
@@ -36,6 +37,7 @@ examples:
   python -m cubn demo --seed 7 --out /tmp/seven  other weights and batches, figure elsewhere
   python -m cubn demo --device cuda              the same text on CuPy
   python -m cubn demo --no-figure                the table alone, without Matplotlib
+  python -m cubn demo --ranks 2                  data-parallel under MPI, beside one process
 
 exit status:
   0  done;  1  at the default rates, steps and batch, no network with batch normalisation
@@ -84,13 +86,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help=f"where {FIGURE} goes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--ranks",
+        type=_whole("ranks", 1, example=2),
+        metavar="N",
+        help="train on N processes of MPI, each with its share of every batch, and show that the curve is that of one "
+        "process; one rate, no figure",
+    )
     parser.add_argument("--no-figure", action="store_true", help="print the table only; Matplotlib is not needed")
     parser.set_defaults(error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options say; the exit status."""
-    path: Path | None = None if options.no_figure else options.out / FIGURE
+    path: Path | None = None if options.no_figure or options.ranks else options.out / FIGURE
     try:
         xp = namespace(options.device)
         _require_libraries(figure=path is not None)
@@ -98,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
             _require_writable(path)
     except (DeviceError, ImportError, OSError) as error:
         options.error(str(error))
+    if options.ranks:
+        return parallel.run(options)
     rates = tuple(sorted(set(options.rates)))
 
     print(

@@ -4,13 +4,14 @@ A layer is called with x and returns y; `backward(dy)` returns dx and leaves the
 array `name` in `name_grad`.  `cubn.BatchNorm` is such a layer, so it stands in the network like any other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from cubn.layer import BatchNorm
 from cubn.namespace import Array
+from cubn.sync import Sync
 
 LEARNED = ("weight", "bias", "gamma", "beta")
 """The names under which layers keep what they learn."""
@@ -174,6 +175,8 @@ class Network:
         Normalise the input of every sigmoid.
     dtype : {"float32", "float64"}
         Of everything.
+    sync : Sync, optional
+        Takes the statistics of batch normalisation over several ranks; see `cubn.sync`.
 
     Examples
     --------
@@ -188,7 +191,9 @@ class Network:
 
     layers: list[Layer]
 
-    def __init__(self, xp: Any, rng: np.random.Generator, *, with_bn: bool, dtype: str = "float32") -> None:
+    def __init__(
+        self, xp: Any, rng: np.random.Generator, *, with_bn: bool, dtype: str = "float32", sync: Sync | None = None
+    ) -> None:
         def weight(*shape: int, fan_in: int, gain: float = SIGMOID_GAIN) -> Array:
             return xp.asarray(rng.normal(scale=gain / fan_in**0.5, size=shape).astype(dtype))
 
@@ -197,7 +202,7 @@ class Network:
 
         def batch_norm(features: int) -> list[Layer]:
             device = "cpu" if xp is np else "cuda"
-            return [BatchNorm(features, channel_axis=1, dtype=dtype, device=device)] if with_bn else []
+            return [BatchNorm(features, channel_axis=1, dtype=dtype, device=device, sync=sync)] if with_bn else []
 
         first, second = FILTERS
         flat = second * 2 * 2
@@ -237,6 +242,14 @@ class Network:
                 values = getattr(layer, name, None)
                 if values is not None:
                     yield values, getattr(layer, f"{name}_grad", None)
+
+    def replace_gradients(self, gradients: Sequence[Array]) -> None:
+        """Set the gradients of all learned arrays, in the order of `learned`."""
+        following = iter(gradients)
+        for layer in self.layers:
+            for name in LEARNED:
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, f"{name}_grad", next(following))
 
     def train(self, mode: bool = True) -> "Network":
         """Normalise with the statistics of each batch from now on; returns the network."""

@@ -1,7 +1,8 @@
 """Train the same network with and without batch normalisation, and keep what the figures need."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from cubn.demo import digits
 from cubn.demo.network import HIDDEN, Descent, Network, softmax_cross_entropy
 from cubn.namespace import Array, namespace
+from cubn.sync import Sync
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 STEPS = 600
@@ -74,6 +76,8 @@ def train(
     device: str = "cpu",
     test_every: int = TEST_EVERY,
     on_step: Callable[[], object] | None = None,
+    dtype: str = "float32",
+    sync: Sync | None = None,
 ) -> History:
     """Train the network of the demo on the digits.
 
@@ -96,6 +100,11 @@ def train(
         Steps from one test to the next.
     on_step : callable, optional
         Called after every step, for a progress bar.
+    dtype : {"float32", "float64"}
+        Of the network and the images.
+    sync : Sync, optional
+        Train data-parallel: every rank takes its share of each batch, and all ranks end with the same network, that
+        which one process would have trained.
 
     Returns
     -------
@@ -112,7 +121,10 @@ def train(
 
     xp = namespace(device)
     data = digits.load(xp)
-    network = Network(xp, np.random.default_rng([seed, 0]), with_bn=with_bn)
+    data = replace(
+        data, train_images=data.train_images.astype(dtype), test_images=data.test_images.astype(dtype)
+    )  # fmt: skip
+    network = Network(xp, np.random.default_rng([seed, 0]), with_bn=with_bn, dtype=dtype, sync=sync)
     descent = Descent(network, rate)
     order = batches(np.random.default_rng([seed, 1]), len(data.train_labels), batch)
 
@@ -124,20 +136,29 @@ def train(
     # for it and takes three times as long.  A rate too high shows in the history, and needs no warning.
     with threadpool_limits(1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
         for step in range(1, steps + 1):
-            chosen = xp.asarray(next(order))
+            whole = next(order)
+            chosen = xp.asarray(whole if sync is None else share(whole, sync))
             logits = network(data.train_images[chosen])
             batch_loss, dlogits = softmax_cross_entropy(xp, logits, data.train_labels[chosen])
+            if sync is None:
+                network.backward(dlogits)
+            else:
+                weight = len(chosen) / len(whole)
+                network.backward(weight * dlogits)
+                batch_loss = add_up(xp, network, weight * batch_loss, sync)
             losses.append(batch_loss)
             inputs.append(network.last_sigmoid.x)
             diverged = not np.isfinite(batch_loss)
             if not diverged:
-                network.backward(dlogits)
                 descent.step()
             if diverged or step % test_every == 0 or step == steps:
                 at.append(step)
                 loss.append(float(np.mean(losses)))
                 accuracy.append(test(network, data))
-                percentiles.append(_to_numpy(xp.percentile(xp.concatenate(inputs), PERCENTILES, axis=0)))
+                seen = xp.concatenate(inputs)
+                if sync is not None:
+                    seen = xp.concatenate([xp.asarray(part) for part in sync.all_gather(seen.ravel())])
+                percentiles.append(_to_numpy(xp.percentile(seen.reshape(-1, HIDDEN), PERCENTILES, axis=0)))
                 losses, inputs = [], []
             if on_step is not None:
                 on_step()
@@ -162,6 +183,26 @@ def batches(rng: np.random.Generator, images: int, batch: int) -> Iterator[npt.N
         order = rng.permutation(images)
         for start in range(0, images - batch + 1, batch):
             yield order[start : start + batch]
+
+
+def share(batch: npt.NDArray[np.int64], sync: Sync) -> npt.NDArray[np.int64]:
+    """The images of a batch that this rank takes: as many as any other, or one more or less."""
+    return np.array_split(batch, sync.size)[sync.rank]
+
+
+def add_up(xp: Any, network: Network, loss: float, sync: Sync) -> float:
+    """Sum the loss and every gradient over all ranks, in rank order: one all-gather, the same bits on each."""
+    gradients = [grad for _, grad in network.learned()]
+    payload = xp.concatenate([xp.full(1, loss, gradients[0].dtype), *(grad.ravel() for grad in gradients)])
+    first, *others = (xp.asarray(part) for part in sync.all_gather(payload))
+    total = first.copy()
+    for part in others:
+        total += part
+    ends = np.cumsum([grad.size for grad in gradients])[:-1]
+    network.replace_gradients(
+        [part.reshape(grad.shape) for part, grad in zip(xp.split(total[1:], ends), gradients, strict=True)]
+    )
+    return float(total[0])
 
 
 def test(network: Network, data: digits.Digits) -> float:
