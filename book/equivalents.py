@@ -9,6 +9,7 @@ from html import escape
 COMMON = """
 import numpy as np
 import cubn
+import cubn.interop
 rng = np.random.default_rng(0)
 C = 3
 x = rng.normal(2.0, 3.0, size=(8, C, 4, 5)).astype("float32")      # (N, C, H, W)
@@ -26,6 +27,7 @@ SETUP = {
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+import cubn.torch
 t = {name: torch.from_numpy(value) for name, value in
      dict(x=x, dy=dy, gamma=gamma, beta=beta, mean=mean, var=var, W=W, b=b).items()}
 """,
@@ -108,6 +110,18 @@ ROWS = [
         "cubn.fold_into(W, b, mean, var, gamma, beta)"),
     Row("PyTorch", "tensors go in and come out", 'F.batch_norm(t["x"], None, None, training=True)',
         'cubn.batch_norm(t["x"])[0]'),
+    Row("PyTorch", "the layer itself, computed by cubn", 'torch.nn.BatchNorm2d(C)(t["x"])',
+        'cubn.torch.BatchNorm2d(C)(t["x"])'),
+    Row("PyTorch", "a whole model: switch it, in place",
+        'model = torch.nn.Sequential(torch.nn.BatchNorm2d(C), torch.nn.ReLU())\nmodel(t["x"])',
+        "model = torch.nn.Sequential(torch.nn.BatchNorm2d(C), torch.nn.ReLU())\n"
+        'cubn.torch.convert(model)\nmodel(t["x"])'),
+    Row("PyTorch", "with ReLU, or a sum and ReLU, in one pass",
+        'y = F.batch_norm(t["x"], None, None, training=True)\n(F.relu(y), F.relu(y + t["dy"]))',
+        '(cubn.torch.BatchNormReLU(C)(t["x"]), cubn.torch.BatchNormAddReLU(C)(t["x"], t["dy"]))'),
+    Row("PyTorch", "a trained layer, taken over",
+        'bn = torch.nn.BatchNorm2d(C, eps=1e-3)\nbn(t["x"])\nbn.eval()(t["x"])',
+        "bn = torch.nn.BatchNorm2d(C, eps=1e-3)\nbn(t[\"x\"])\ncubn.interop.from_torch(bn).eval()(x)"),
     Row("Keras", "normalise, channels last", "BatchNormalization()(x_last, training=True)",
         "cubn.batch_norm(x_last, channel_axis=-1, eps=1e-3)[0]"),
     Row("Keras", "axis: the one that is kept", "BatchNormalization(axis=1)(x, training=True)",
@@ -124,6 +138,13 @@ ROWS = [
     Row("Keras", "numbers in the layer: 200 = 4 · 50",
         "bn = BatchNormalization()\nbn.build((None, 50))\nbn.count_params()",
         "e = cubn.explain((32, 50))\ne.learned + e.tracked"),
+    Row("Keras", "a trained layer, taken over",
+        "bn = BatchNormalization()\nbn(x_last, training=True)\nbn(x_last)",
+        "bn = BatchNormalization()\nbn(x_last, training=True)\ncubn.interop.from_keras(bn).eval()(x_last)"),
+    Row("Keras", "and brought back",
+        "bn = BatchNormalization(momentum=0.9)\nbn(x_last, training=True)\n(bn.moving_mean, bn.momentum)",
+        "own = cubn.BatchNorm(C, channel_axis=-1, momentum=0.1)\nown(x_last)\nbn = BatchNormalization()\n"
+        "bn.build(x_last.shape)\ncubn.interop.to_keras(own, into=bn)\n(bn.moving_mean, bn.momentum)"),
     Row("TensorFlow", "moments: here axes are averaged", "tf.nn.moments(x_last, axes=[0, 1, 2])",
         "m = cubn.moments(x_last, channel_axis=-1)\n(m.mean, m.var)"),
     Row("TensorFlow", "given statistics: offset, scale",
@@ -149,6 +170,21 @@ ROWS = [
         "0.9 * np.ones(C) + 0.1 * cubn.moments(x).var"),
     Row("Flax and JAX", "standardize: axes are averaged", "jax.nn.standardize(x, axis=(0, 2, 3), epsilon=1e-5)",
         "cubn.batch_norm(x)[0]"),
+    Row("Flax and JAX", "trained variables, taken over",
+        "bn = nn.BatchNorm(use_running_average=True, epsilon=1e-3)\n"
+        'variables = {"params": dict(scale=gamma, bias=beta), "batch_stats": dict(mean=mean, var=var)}\n'
+        "bn.apply(variables, x_last)",
+        'variables = {"params": dict(scale=gamma, bias=beta), "batch_stats": dict(mean=mean, var=var)}\n'
+        "cubn.interop.from_flax(variables, epsilon=1e-3).eval()(x_last)"),
+    Row("Flax and JAX", "compiled, with its gradient",
+        "def loss(x):\n    bn = nn.BatchNorm(use_running_average=False)\n"
+        "    return (bn.init_with_output(key, x)[0] * jax.numpy.moveaxis(dy, 1, -1)).sum()\n"
+        "jax.jit(jax.grad(loss))(jax.numpy.asarray(x_last))",
+        "def loss(x):\n    y, _ = cubn.batch_norm(x, channel_axis=-1)\n"
+        "    return (y * jax.numpy.moveaxis(dy, 1, -1)).sum()\njax.jit(jax.grad(loss))(jax.numpy.asarray(x_last))"),
+    Row("ONNX", "a trained node, taken over", "run(1, epsilon=1e-3)[0]",
+        "inputs = dict(scale=gamma, B=beta, input_mean=mean, input_var=var)\n"
+        "cubn.interop.from_onnx(inputs, epsilon=1e-3).eval()(x)"),
     Row("ONNX", "inference: scale, B, input_mean, input_var", "run(1)[0]",
         "cubn.batch_norm_inference(x, mean, var, gamma, beta)"),
     Row("ONNX", "training_mode=1", "run(3, training_mode=1)[0]", "cubn.batch_norm(x, gamma, beta)[0]"),

@@ -143,12 +143,13 @@ def fold_into(
     before = -xp.astype(mean, scale.dtype)
     if bias is not None:
         before = before + _wide_like("bias", bias, mean, library)
-    new_bias = before * scale
-    if beta is not None:
-        new_bias = new_bias + beta
     along = tuple(channels if axis == out_axis else 1 for axis in range(rank))
-    new_weight = xp.astype(weight, scale.dtype) * xp.reshape(scale, along)
-    return Folded(xp.astype(new_weight, weight.dtype), xp.astype(new_bias, weight.dtype))
+    with np.errstate(all="ignore"):  # what a narrow weight cannot hold is infinite in it, as everywhere
+        new_bias = before * scale
+        if beta is not None:
+            new_bias = new_bias + beta
+        new_weight = xp.astype(weight, scale.dtype) * xp.reshape(scale, along)
+        return Folded(xp.astype(new_weight, weight.dtype), xp.astype(new_bias, weight.dtype))
 
 
 def _fold_wide(

@@ -2,6 +2,10 @@
 
 import importlib
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -195,6 +199,146 @@ def test_jax_constant_channels_have_finite_gradients():
     x = jax.numpy.ones((4, 2))
     slopes = jax.grad(lambda x: (cubn.batch_norm(x, eps=0.0)[0] ** 2).sum())(x)
     assert bool(jax.numpy.isfinite(slopes).all())
+
+
+def of_jax(function, *arrays):
+    """y and the gradients of sum(y * dy) with respect to x, gamma and beta, compiled by JAX."""
+    jax = importlib.import_module("jax")
+
+    def loss(x, gamma, beta, dy):
+        y = function(x, gamma, beta)
+        return (y * dy).sum(), y
+
+    values = map(jax.numpy.asarray, arrays)
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*values)
+    return [np.asarray(value) for value in (y, *gradients)]
+
+
+def operands_of_jax():
+    rng = np.random.default_rng(34)
+    x, dy = rng.normal(1, 2, (2, 6, 3, 4)).astype("float32")
+    return x, rng.uniform(0.5, 2, 3).astype("float32"), rng.normal(size=3).astype("float32"), dy
+
+
+def assert_right_in_jax(found, exact):
+    """Autodiff takes other sums than the closed form, in float32: eight of the bounds of the closed form."""
+    for value, wanted in zip(found, (exact.y, exact.dx, exact.dgamma, exact.dbeta), strict=True):
+        oracle.assert_within(value, oracle.Exact(wanted.value, 8 * wanted.bound).rounded_to("float32"))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_jax_is_right_under_jit_and_grad(training, activation):
+    pytest.importorskip("jax", reason="jax is not installed")
+    x, gamma, beta, dy = operands_of_jax()
+    statistics = None if training else (x.mean((0, 2)), x.var((0, 2)))
+
+    def function(x, gamma, beta):
+        if training:
+            return cubn.batch_norm(x, gamma, beta, activation=activation)[0]
+        # statistics that JAX does not trace are constants: they must be its own arrays all the same
+        mean, var = map(importlib.import_module("jax.numpy").asarray, statistics)
+        return cubn.batch_norm_inference(x, mean, var, gamma, beta, activation=activation)
+
+    exact = oracle.batch_norm(x, gamma, beta, activation=activation, statistics=statistics, dy=dy, roundoff=2.0**-24)
+    assert_right_in_jax(of_jax(function, x, gamma, beta, dy), exact)
+
+
+def test_jax_is_right_under_vmap_in_either_order_with_grad():
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    x, gamma, beta, dy = operands_of_jax()
+    batches = np.stack([x, x[::-1] * 3, x + 5])
+
+    def loss(x, gamma):
+        return (cubn.batch_norm(x, gamma, beta_jax)[0] * dy).sum()
+
+    beta_jax = jax.numpy.asarray(beta)
+    inside = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0, None)))(batches, jax.numpy.asarray(gamma))
+    outside = jax.jit(jax.grad(lambda xs, g: jax.vmap(loss, in_axes=(0, None))(xs, g).sum(), argnums=(0, 1)))(
+        jax.numpy.asarray(batches), jax.numpy.asarray(gamma)
+    )
+    total = 0.0
+    for place, batch in enumerate(batches):
+        exact = oracle.batch_norm(batch, gamma, beta, dy=dy, roundoff=2.0**-24)
+        for found in (inside, outside):
+            widened = oracle.Exact(exact.dx.value, 8 * exact.dx.bound)
+            oracle.assert_within(np.asarray(found[0][place]), widened.rounded_to("float32"), "dx")
+        widened = oracle.Exact(exact.dgamma.value, 8 * exact.dgamma.bound)
+        oracle.assert_within(np.asarray(inside[1][place]), widened.rounded_to("float32"), "dgamma")
+        total = total + exact.dgamma.value
+    np.testing.assert_allclose(outside[1], total.astype(float), rtol=1e-4)
+
+
+ON_TWO_DEVICES = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import cubn
+
+assert len(jax.devices()) == 2
+mesh = Mesh(np.array(jax.devices()), ("batch",))
+given = np.load(sys.argv[1])
+x, gamma, beta, dy = (jax.numpy.asarray(given[key]) for key in ("x", "gamma", "beta", "dy"))
+shard_map = getattr(jax, "shard_map", None) or __import__("jax.experimental.shard_map", fromlist=["x"]).shard_map
+
+
+def gradients(function):
+    def loss(x, gamma, beta):
+        y = function(x, gamma, beta)
+        return (y * dy).sum(), y
+    (_, y), found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+        jax.device_put(x, NamedSharding(mesh, P("batch"))), gamma, beta
+    )
+    return dict(zip(("y", "dx", "dgamma", "dbeta"), (y, *found)))
+
+
+def whole(x, gamma, beta):
+    return cubn.batch_norm(x, gamma, beta)[0]
+
+
+def together(x, gamma, beta):                      # statistics of the batch over all devices
+    own = cubn.moments(x)
+    means, squares = (jax.lax.all_gather(values, "batch") for values in (own.mean, own.m2))
+    parts = [cubn.Moments(own.count, means[rank], squares[rank]) for rank in range(2)]
+    batch = parts[0] | parts[1]
+    return cubn.batch_norm_inference(x, batch.mean, batch.var, gamma, beta)
+
+
+def mapped(function):
+    return shard_map(function, mesh=mesh, in_specs=(P("batch"), P(), P()), out_specs=P("batch"))
+
+
+results = {"sharded": gradients(whole), "apart": gradients(mapped(whole)), "together": gradients(mapped(together))}
+assert len(results["sharded"]["y"].sharding.device_set) == 2
+np.savez(sys.argv[2], **{f"{name} {key}": value for name, found in results.items() for key, value in found.items()})
+"""
+
+
+def test_jax_is_right_on_two_devices(tmp_path):
+    """An array over two devices, and `shard_map` with statistics of each device's share and of all of them."""
+    pytest.importorskip("jax", reason="jax is not installed")
+    x, gamma, beta, dy = operands_of_jax()
+    np.savez(tmp_path / "in.npz", x=x, gamma=gamma, beta=beta, dy=dy)
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    command = [sys.executable, "-c", ON_TWO_DEVICES, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
+    root = Path(cubn.__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "out.npz")
+    exact = oracle.batch_norm(x, gamma, beta, dy=dy, roundoff=2.0**-24)
+    for name in ("sharded", "together"):
+        assert_right_in_jax([found[f"{name} {key}"] for key in ("y", "dx", "dgamma", "dbeta")], exact)
+    halves = [
+        oracle.batch_norm(x[part], gamma, beta, dy=dy[part], roundoff=2.0**-24) for part in (slice(3), slice(3, 6))
+    ]
+    for key in ("y", "dx"):
+        for half, part in zip(halves, (slice(3), slice(3, 6)), strict=True):
+            wanted = getattr(half, key)
+            oracle.assert_within(
+                found[f"apart {key}"][part], oracle.Exact(wanted.value, 8 * wanted.bound).rounded_to("float32"), key
+            )
 
 
 def test_immutable_libraries_refuse_out():
