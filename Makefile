@@ -42,6 +42,7 @@ mutants: $(SETUP)/test
 
 bench: $(SETUP)/bench
 	$(BIN)/python benchmarks/run.py
+	if $(BIN)/python -c 'import torch' 2>/dev/null; then $(BIN)/python benchmarks/torch_layers.py; fi
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,8 @@
 """Measure the CPU machine against a copy and against what a user would pick instead.
 
-    python benchmarks/run.py            a minute: one case of each kind
-    python benchmarks/run.py --full     all of benchmarks/cases.py, about eight minutes
+    python benchmarks/run.py                                     a minute: one case of each kind
+    python benchmarks/run.py --full                              all of benchmarks/cases.py, twenty minutes
+    python benchmarks/run.py --full --append RECORD --limit 60   a minute of that: what the record does not have yet
 
 Competitors take turns; a ratio is that of two neighbours in time, and what is reported is the median over
 the turns with its quartiles.  Results are checked against float64 before the clock starts.  The record goes to
@@ -16,15 +17,18 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-PAUSE = 0.002
-"""Seconds before each turn: the threads of the last competitor spin for about one before they go to sleep."""
+PAUSE = 0.008
+"""Seconds before each turn: the threads of the last competitor listen for up to five milliseconds for more work."""
+
+WARM = 0.005
+"""Seconds of calls before the clock starts: a competitor's threads have to wake up, wherever the system puts them."""
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "torch", "onnxruntime", "jax", "ml_dtypes")
 
@@ -36,54 +40,85 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the turns of one measurement")
     parser.add_argument("--only", default="", help="only cases whose name has this in it")
     parser.add_argument("--output", type=Path, help="where the record goes (default: benchmarks/results/)")
+    parser.add_argument("--append", type=Path, help="record to go on with: what it has is not measured again")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no measurement begins")
     options = parser.parse_args()
     for variable in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(options.threads)  # read when the libraries are imported, so not before here
     sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-    record = measure_all(options)
-    path = options.output or HERE / "results" / f"cpu-{'full' if options.full else 'quick'}-{record['date']}.json"
+    began = time.monotonic()
+    record = provenance(options.threads)
+    if options.append and options.append.exists():
+        record["results"] = json.loads(options.append.read_text())["results"]
+    name = f"cpu-{'full' if options.full else 'quick'}-{record['date']}.json"
+    path = options.append or options.output or HERE / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"record in {path}")
+    left = 0
+    for job in jobs(options):
+        if done(job, record["results"]):
+            continue
+        if time.monotonic() - began > options.limit:
+            left += 1
+            continue
+        scales = job.case.family == "scaling"
+        record["results"] += scaling(job.case, options.threads) if scales else measure(job, options.seconds)
+        path.write_text(json.dumps(record, indent=1) + "\n")  # so that nothing is lost with what comes after
+    print(f"record in {path}, {left} measurements left")
 
 
-def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Every measurement of this run, and what it ran on."""
+class Job(NamedTuple):
+    """One measurement: a case in one memory order and element type, and one pass."""
+
+    case: Any
+    which: str
+    channels_last: bool = False
+    dtype: str = "float32"
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """What there is to measure."""
     import cases
 
-    chosen = [case for case in (cases.CASES if options.full else cases.QUICK) if options.only in str(case)]
-    results = []
-    for case in chosen:
-        orders = [False]
-        if len(case.shape) > 2 and case.family[0] in cases.CHANNELS_LAST:
-            orders.append(True)
-        for channels_last in orders:
+    for case in cases.CASES if options.full else cases.QUICK:
+        orders = [False, True] if len(case.shape) > 2 and case.family[0] in cases.CHANNELS_LAST else [False]
+        for channels_last in orders if options.only in str(case) else []:
             for which in ("forward", "backward", "inference"):
-                slow = case.family[0] in "AF" and not channels_last and case.size < 3e7
-                results += measure(case, which, channels_last, "float32", slow, options.seconds)
-    if not options.only:
-        for case in cases.DTYPES[: None if options.full else 1]:
-            for dtype in ("float32", "float16", "bfloat16", "float64"):
-                results += measure(case, "forward", False, dtype, False, options.seconds)
-        if options.full:
-            results += scaling(cases.SCALING, options.threads)
+                yield Job(case, which, channels_last)
+    for case in cases.DTYPES[: None if options.full else 1]:
+        for dtype in ("float32", "float16", "bfloat16", "float64") if options.only in str(case) else []:
+            yield Job(case, "forward", dtype=dtype)
+    for case in cases.SCALING if options.full else []:
+        if options.only in str(case):
+            yield Job(case, "scaling")
+
+
+def done(job: Job, results: list[dict[str, Any]]) -> bool:
+    """True if a record has this measurement."""
+    wanted = str(job.case), job.which, job.channels_last, job.dtype
+    return any(wanted == (e["case"], e["pass"], e["channels_last"], e["dtype"]) for e in results)
+
+
+def provenance(threads: int) -> dict[str, Any]:
+    """What a run runs on, and no results yet."""
     return {
         "date": date.today().isoformat(),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "threads": options.threads,
+        "threads": threads,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions(),
         "commit": commit(),
-        "results": results,
+        "results": [],
     }
 
 
-def measure(case: Any, which: str, channels_last: bool, dtype: str, slow: bool, seconds: float) -> list[dict[str, Any]]:
+def measure(job: Job, seconds: float) -> list[dict[str, Any]]:
     """All competitors on one case, one entry for each."""
     from competitors import competitors
 
+    case, which, channels_last, dtype = job
+    slow = case.family[0] in "AF" and not channels_last and case.size < 7e6
     operands = arrays(case.shape, channels_last, dtype)
     exact = truth(operands, which)
     functions = {}
@@ -92,7 +127,7 @@ def measure(case: Any, which: str, channels_last: bool, dtype: str, slow: bool, 
             continue
         found = function()
         if name != "copy":
-            check(found, exact, f"{name}, {case}, {which}, {dtype}")
+            check(found, exact, 1 if name.startswith("cubn") else 10, f"{name}, {case}, {which}, {dtype}")
         functions[name] = function
     times = take_turns(functions, seconds)
     entries = []
@@ -152,11 +187,14 @@ def truth(a: Any, which: str) -> dict[int, Any]:
     return exact
 
 
-def check(found: Any, exact: dict[int, Any], what: str) -> None:
-    """Within 1e-4 of the largest value, or a few units in the last place of a half."""
+def check(found: Any, exact: dict[int, Any], lenience: float, what: str) -> None:
+    """Within 1e-4 of the largest value, or a few units in the last place of a half.
+
+    Others get ten times as much: with four million samples in a channel PyTorch is off by 4.5e-4.
+    """
     import numpy as np
 
-    tolerance = {2: 0.02, 4: 1e-4, 8: 1e-10}[found.dtype.itemsize]
+    tolerance = lenience * {2: 0.02, 4: 1e-4, 8: 1e-10}[found.dtype.itemsize]
     for c, values in exact.items():
         error = np.abs(np.asarray(found[:, c]).astype(np.float64) - values).max()
         if not error <= tolerance * np.abs(values).max():
@@ -171,12 +209,13 @@ def take_turns(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[
         function()
         durations[name] = time.perf_counter() - begin
     calls = {name: max(1, min(100, int(0.0005 / duration))) for name, duration in durations.items()}
+    warm = {name: max(1, min(100, int(WARM / duration))) for name, duration in durations.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    turn = sum(max(0.0005, duration) + PAUSE for duration in durations.values())
+    turn = sum((calls[name] + warm[name]) * durations[name] + PAUSE for name in functions)
     for _ in range(max(3, min(60, int(seconds / turn)))):
         for name, function in functions.items():
             time.sleep(PAUSE)
-            if durations[name] < PAUSE:
+            for _ in range(warm[name]):
                 function()
             begin = time.perf_counter()
             for _ in range(calls[name]):
@@ -185,41 +224,41 @@ def take_turns(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[
     return times
 
 
-def scaling(chosen: list[Any], threads: int) -> list[dict[str, Any]]:
-    """Forward pass and copy on one thread and on all, from 1 MB to 1 GB."""
+def scaling(case: Any, threads: int) -> list[dict[str, Any]]:
+    """Forward pass and copy on one thread and on all."""
     import numba
     import numpy as np
     import torch
 
     import cubn
 
-    entries = []
-    for case in chosen:
-        x = np.random.default_rng(0).standard_normal(case.shape, np.float32)
-        out = np.zeros_like(x)
-        source, target = torch.from_numpy(x), torch.from_numpy(out)
+    x = np.random.default_rng(0).standard_normal(case.shape, np.float32)
+    out = np.zeros_like(x)
+    source, target = torch.from_numpy(x), torch.from_numpy(out)
 
-        def on(count: int, function: Callable[[], Any]) -> Callable[[], Any]:
-            def call() -> None:
-                if numba.get_num_threads() != count:
-                    numba.set_num_threads(count)
-                    torch.set_num_threads(count)
-                function()
+    def on(count: int, function: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> None:
+            if numba.get_num_threads() != count:
+                numba.set_num_threads(count)
+                torch.set_num_threads(count)
+            function()
 
-            return call
+        return call
 
-        functions = {}
-        for count in (1, threads):
-            functions[f"cubn, {count}"] = on(count, lambda x=x, out=out: cubn.batch_norm(x, out=out))
-            functions[f"copy, {count}"] = on(count, lambda source=source, target=target: target.copy_(source))
-        for name, times in take_turns(functions, 3.0).items():
-            entries.append(
-                {"case": str(case), "family": case.family, "shape": case.shape, "pass": "scaling", "bytes": x.nbytes,
-                 "competitor": name, "seconds": rounded(quartiles(times))}
-            )  # fmt: skip
-        numba.set_num_threads(threads)
-        torch.set_num_threads(threads)
-        print(case, {e["competitor"]: e["seconds"][1] for e in entries[-4:]}, flush=True)
+    functions = {}
+    for count in (1, threads):
+        functions[f"cubn, {count}"] = on(count, lambda: cubn.batch_norm(x, out=out))
+        functions[f"copy, {count}"] = on(count, lambda: target.copy_(source))
+    entries = [
+        {
+            "case": str(case), "family": case.family, "shape": case.shape, "pass": "scaling", "channels_last": False,
+            "dtype": "float32", "bytes": x.nbytes, "competitor": name, "seconds": rounded(quartiles(times)),
+        }
+        for name, times in take_turns(functions, 2.0).items()
+    ]  # fmt: skip
+    numba.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    print(case, {e["competitor"]: e["seconds"][1] for e in entries}, flush=True)
     return entries
 
 

@@ -13,6 +13,13 @@ which are at most 2R, give
 
 and everything else is the product rule.  The last rounding, to the dtype of the result, adds half a unit in its
 last place.
+
+What is done to every element on its own may be rounder than the sums: w >= u is the unit roundoff of that, by
+default that of `ELEMENTS`.  Then x - mean is taken from two numbers of that width, mean = high + low, where |low| <=
+w |mean| is known to w, and each of the two subtractions rounds:
+
+    error of x - mean       e_w <= e + 2 w |x - mean| + 2 w^2 |mean|
+
 """
 
 from dataclasses import dataclass
@@ -24,6 +31,9 @@ EXTENDED = np.longdouble
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 ARITHMETIC = dict.fromkeys(ROUNDOFF, ROUNDOFF["float64"])
 """Element type of x -> unit roundoff of the arithmetic of the machine under test; the `machine` fixture changes it."""
+
+ELEMENTS = {dtype: max(unit, ROUNDOFF["float32"]) for dtype, unit in ARITHMETIC.items()} | {"float64": 2.0**-53}
+"""The same for what is done to every element on its own: float32, unless x is wider."""
 
 SMALLEST = {"float64": 5e-324, "float32": 1.4e-45, "float16": 6e-8, "bfloat16": 9.2e-41}
 
@@ -89,6 +99,7 @@ def batch_norm(
 ) -> Result:
     """Forward and (with dy) backward pass; `statistics` (mean, var) makes it the inference of both."""
     u = ARITHMETIC[x.dtype.name] if roundoff is None else roundoff
+    w = max(u, ELEMENTS[x.dtype.name])
     kept = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
     kept = tuple(sorted(axis % x.ndim for axis in kept))
     averaged = tuple(axis for axis in range(x.ndim) if axis not in kept)
@@ -122,13 +133,14 @@ def batch_norm(
     rstd = np.where(var + eps > 0, 1 / np.sqrt(np.where(var + eps > 0, var + eps, 1)), 0)
     e_rstd = e_var / 2 + 4 * u
     e_distance = e_mean + u * reach
+    e_element = e_distance + (0 if w == u else 2 * w * (np.abs(distance) + w * np.abs(mean)))
 
     scale = channel(gamma, 1) * rstd
     z = distance * scale + channel(beta, 0)
-    e_z = np.abs(scale) * e_distance + np.abs(distance * scale) * (e_rstd + 3 * u) + 2 * u * np.abs(z)
+    e_z = np.abs(scale) * e_element + np.abs(distance * scale) * (e_rstd + 3 * w) + 2 * w * np.abs(z)
     if residual is not None:
         z = z + np.where(admitted, residual, 0).astype(EXTENDED)
-        e_z = e_z + 2 * u * np.abs(z)
+        e_z = e_z + 2 * w * np.abs(z)
     y, passes = z, np.ones(x.shape, bool)
     if activation == "relu":
         passes = z > 0
@@ -157,13 +169,14 @@ def batch_norm(
     s1 = (dz * xhat).sum(axis=averaged, keepdims=True)
     e_s0 = samples * u * np.abs(dz).sum(axis=averaged, keepdims=True)
     e_s1 = (np.abs(dz) * e_xhat + (samples + 1) * u * np.abs(dz * xhat)).sum(axis=averaged, keepdims=True)
-    inner, e_inner = dz, u * np.abs(dz)
+    e_xhat = rstd * e_element + np.abs(xhat) * (e_rstd + 2 * w)
+    inner, e_inner = dz, w * np.abs(dz)
     if statistics is None:
         inner = dz - s0 / samples - xhat * s1 / samples
         parts = np.abs(dz) + np.abs(s0 / samples) + np.abs(xhat * s1 / samples)
-        e_inner = e_s0 / samples + (e_xhat * np.abs(s1) + np.abs(xhat) * e_s1) / samples + 6 * u * parts
+        e_inner = e_s0 / samples + (e_xhat * np.abs(s1) + np.abs(xhat) * e_s1) / samples + 6 * w * parts
     dx = np.where(admitted, scale * inner, 0)
-    e_dx = np.abs(scale) * e_inner + np.abs(dx) * (e_rstd + 4 * u)
+    e_dx = np.abs(scale) * e_inner + np.abs(dx) * (e_rstd + 4 * w)
     result.dx = Exact(dx, np.broadcast_to(e_dx, dx.shape))
     result.dgamma = per_channel(s1, e_s1)
     result.dbeta = per_channel(s0, e_s0)

@@ -22,9 +22,23 @@ is cut depends on the problem alone.
 import numpy as np
 from numba import njit
 
+from cubn.machines.cpu.affine import (
+    AFFINE_TERMS,
+    CENTER,
+    FACTOR,
+    GRADIENT_TERMS,
+    LEVEL,
+    OFFSET,
+    REST,
+    TILT,
+    distance,
+    load_affine,
+    load_slopes,
+    padded,
+)
 from cubn.machines.cpu.compiling import kernel
 from cubn.machines.cpu.planes import head_length, times, unite
-from cubn.machines.cpu.sharing import MEASURING, MERGING, WRITING, finish, join, leave, take, wait_until_done
+from cubn.machines.cpu.sharing import MEASURING, MERGING, WRITING, finish, join, start, take, together, wait_until_done
 from cubn.machines.cpu.simd import (
     LANES,
     apart,
@@ -32,8 +46,11 @@ from cubn.machines.cpu.simd import (
     fma,
     load,
     load_mask,
+    load_own,
     load_some,
+    load_some_own,
     ones_of,
+    own,
     pack,
     passes_relu,
     positive,
@@ -44,16 +61,17 @@ from cubn.machines.cpu.simd import (
     store_some,
     stream,
     unpack,
+    widen,
 )
 
 WORD = 8
-"""Bytes of a number in the tables, which are float64."""
+"""Bytes of a number in the tables of sums, which are float64."""
 
+PANEL = 2048
+"""Columns after which a walk over rows begins anew, so that what it needs of each column stays near."""
 
-@njit
-def _padded(columns):
-    """Length of a table whose last vector can be read whole, from any offset in it."""
-    return (columns // LANES + 2) * LANES
+AT_ONCE = 8
+"""Rows written at the same time: they share the terms of their columns, and memory takes as many straight walks."""
 
 
 @njit
@@ -92,24 +110,23 @@ def _find_pivots(x, where, r0, r1, j0, j1, pivot):
 
 
 @njit
-def _add_rows(x, where, has_where, pitch, r0, r1, j0, j1, tables):
+def _add_rows(x, where, has_where, pitch, r0, r1, start, j0, j1, tables):
     """Add up the distances from the pivot, and their squares, of these rows and columns."""
     apart()
     count, pivot, s, q = tables[0], tables[1], tables[2], tables[3]
     zero = splat(0.0)
     j = j0
     while j < j1:
-        here = (j - j0) * WORD
+        here = (j - start) * WORD
         inside = first(j1 - j)
         whole = j + LANES <= j1 and not has_where
         center = load(pivot, here)
-        distance = load(s, here)
-        square = load(q, here)
+        total, square = load(s, here), load(q, here)
         at = r0 * pitch + j * x.itemsize
         if whole:
             for _ in range(r0, r1):
                 d = load(x, at) - center
-                distance = distance + d
+                total = total + d
                 square = fma(d, d, square)
                 at += pitch
         else:
@@ -117,15 +134,15 @@ def _add_rows(x, where, has_where, pitch, r0, r1, j0, j1, tables):
             for r in range(r0, r1):
                 mask = inside
                 if has_where:
-                    start = r * where.strides[0] + j * where.strides[1]
-                    mask = load_mask(where, start, where.strides[1], inside)
+                    bit = r * where.strides[0] + j * where.strides[1]
+                    mask = load_mask(where, bit, where.strides[1], inside)
                     seen = seen + ones_of(mask)
                 d = select(mask, load_some(x, at, mask) - center, zero)
-                distance = distance + d
+                total = total + d
                 square = fma(d, d, square)
                 at += pitch
             store(count, here, seen)
-        store(s, here, distance)
+        store(s, here, total)
         store(q, here, square)
         j += LANES
 
@@ -157,18 +174,20 @@ def _column_moments(x, where, has_where, fold, r0, r1, j0, j1, tables):
     if has_where:
         _find_pivots(x, where, r0, r1, j0, j1, pivot)
 
-    strip = _strip(j1 - j0, x.itemsize)
-    for r in range(r0, end, strip):
-        _add_rows(x, where, has_where, pitch, r, min(end, r + strip), j0, j1, tables)
-    if short > j0:
-        _add_rows(x, where, has_where, pitch, rows, rows + 1, j0, short, tables)
+    for j in range(j0, j1, PANEL):
+        to = min(j1, j + PANEL)
+        strip = _strip(to - j, x.itemsize)
+        for r in range(r0, end, strip):
+            _add_rows(x, where, has_where, pitch, r, min(end, r + strip), j0, j, to, tables)
+        if short > j:
+            _add_rows(x, where, has_where, pitch, rows, rows + 1, j0, j, min(to, short), tables)
 
     for j in range(j0, j1, LANES):
         here = (j - j0) * WORD
-        n, distance = load(count, here), load(s, here)
+        n, total = load(count, here), load(s, here)
         any_here = positive(n)
-        shift = select(any_here, distance / n, zero)
-        within = load(q, here) - distance * shift
+        shift = select(any_here, total / n, zero)
+        within = load(q, here) - total * shift
         store(pivot, here, load(pivot, here) + shift)
         store(s, here, select(passes_relu(within), within, zero))
 
@@ -255,112 +274,111 @@ def _publish_moments(tables, c0, c1, mean, m2, rstd, count, has_where, eps):
 
 
 @njit
-def _spread(values, columns, inner, fold):
-    """From channels to columns: repeat each value along the inner axis, then the row for every sample of it."""
+def _spread(terms, columns, inner, fold):
+    """From channels to columns: repeat each term along the inner axis, then the row for every sample of it."""
     apart()
-    if inner > 1:
-        for c in range(columns // inner - 1, -1, -1):
-            value = values[c]
-            for j in range(c * inner, (c + 1) * inner):
-                values[j] = value
-    for k in range(1, fold):
-        for j in range(columns):
-            values[k * columns + j] = values[j]
-
-
-@njit
-def _load_affine(tables, c0, c1, inner, fold, mean, rstd, gamma, beta, has_gamma, has_beta):
-    """tables[0] = mean, tables[1] = gamma * rstd, tables[2] = beta, per column."""
-    apart()
-    for c in range(c0, c1, LANES):
-        inside = first(c1 - c)
-        here = (c - c0) * WORD
-        scale = load_some(rstd, c * WORD, inside)
-        if has_gamma:
-            scale = scale * load_some(gamma, c * gamma.itemsize, inside)
-        store(tables[0], here, load_some(mean, c * WORD, inside))
-        store(tables[1], here, scale)
-        store(tables[2], here, load_some(beta, c * beta.itemsize, inside) if has_beta else splat(0.0))
-    if inner * fold > 1:
-        for k in range(3):
-            _spread(tables[k], (c1 - c0) * inner, inner, fold)
+    for row in range(terms.shape[0] if inner * fold > 1 else 0):
+        values = terms[row]
+        if inner > 1:
+            for c in range(columns // inner - 1, -1, -1):
+                value = values[c]
+                for j in range(c * inner, (c + 1) * inner):
+                    values[j] = value
+        for k in range(1, fold):
+            for j in range(columns):
+                values[k * columns + j] = values[j]
 
 
 @njit
 def _normalize_rows(
     x, y, residual, where, active, has_residual, has_where, relu, keep, past,
-    fold, r0, r1, j0, j1, words, tables,
+    fold, r0, r1, start, j0, j1, words, terms,
 ):  # fmt: skip
-    """y = act(scale * (x - mean) + shift + residual) for a strip of rows; the tables begin at column j0."""
+    """y = act(gamma * rstd * (x - mean) + beta + residual) for a strip of rows; the terms begin at column `start`."""
     apart()
-    size = x.itemsize
+    size, each = x.itemsize, terms.strides[0]
     pitch, pitch_y, pitch_r = x.strides[0] * fold, y.strides[0] * fold, residual.strides[0] * fold
     streams = past and pitch_y % (LANES * size) == 0
     head = head_length(y, r0 * pitch_y + j0 * size, j1 - j0) if streams else 0
     if keep and head:
         head, streams = 0, False  # the bits are in steps of sixteen columns
-    zero = splat(0.0)
+    zero = own(x, splat(0.0))
     j = j0
     while j < j1:
         n = head if j == j0 and head else min(LANES, j1 - j)
-        inside = first(n)
-        whole = n == LANES and not has_where
-        here = (j - j0) * WORD
-        center, factor, offset = load(tables[0], here), load(tables[1], here), load(tables[2], here)
+        here = (j - start) * terms.itemsize
+        unit, center, rest = (
+            load_own(terms, here),
+            load_own(terms, here + CENTER * each),
+            load_own(terms, here + REST * each),
+        )
+        factor, offset = load_own(terms, here + FACTOR * each), load_own(terms, here + OFFSET * each)
         at, to, add = r0 * pitch + j * size, r0 * pitch_y + j * size, r0 * pitch_r + j * size
-        for r in range(r0, r1):
-            z = (load(x, at) if whole else load_some(x, at, inside)) - center
-            z = fma(z, factor, offset)
-            if has_residual:
-                z = z + (load(residual, add) if whole else load_some(residual, add, inside))
-            if relu:
-                lets = passes_relu(z)
-                z = select(lets, z, zero)
-                if keep:
-                    pack(active, 2 * (r * words + j // LANES), lets)
-            if whole:
+        if n == LANES and not has_where:
+            for r in range(r0, r1):
+                z = fma(distance(load_own(x, at), unit, center, rest), factor, offset)
+                if has_residual:
+                    z = z + load_own(residual, add)
+                if relu:
+                    lets = passes_relu(z)
+                    z = select(lets, z, zero)
+                    if keep:
+                        pack(active, 2 * (r * words + j // LANES), lets)
                 if streams:
                     stream(y, to, z)
                 else:
                     store(y, to, z)
-            else:
+                at += pitch
+                to += pitch_y
+                add += pitch_r
+        else:
+            inside = first(n)
+            for r in range(r0, r1):
+                z = fma(distance(load_some_own(x, at, inside), unit, center, rest), factor, offset)
+                if has_residual:
+                    z = z + load_some_own(residual, add, inside)
+                if relu:
+                    lets = passes_relu(z)
+                    z = select(lets, z, zero)
+                    if keep:
+                        pack(active, 2 * (r * words + j // LANES), lets)
                 if has_where:
-                    start = r * where.strides[0] + j * where.strides[1]
-                    z = select(load_mask(where, start, where.strides[1], inside), z, zero)
+                    bit = r * where.strides[0] + j * where.strides[1]
+                    z = select(load_mask(where, bit, where.strides[1], inside), z, zero)
                 store_some(y, to, z, inside)
-            at += pitch
-            to += pitch_y
-            add += pitch_r
+                at += pitch
+                to += pitch_y
+                add += pitch_r
         j += n
 
 
 @njit
 def _normalize_block(
-    x, y, residual, where, active, has_residual, has_where, relu, keep, past, fold, r0, r1, j0, j1, tables
+    x, y, residual, where, active, has_residual, has_where, relu, keep, past, fold, r0, r1, j0, j1, terms
 ):
-    """Strip by strip, with the row that is left over at the end."""
+    """A few rows at a time, with the row that is left over at the end."""
     apart()
     rows, width, rest = _rows(x, fold)
     words = (width + LANES - 1) // LANES
-    strip = _strip(j1 - j0, x.itemsize)
-    end = min(r1, rows)
-    for r in range(r0, end, strip):
-        _normalize_rows(
-            x, y, residual, where, active, has_residual, has_where, relu, keep, past,
-            fold, r, min(end, r + strip), j0, j1, words, tables,
-        )  # fmt: skip
-    if r1 > rows and rest > j0:
-        _normalize_rows(
-            x, y, residual, where, active, has_residual, has_where, relu, keep, past,
-            fold, rows, rows + 1, j0, min(j1, rest), words, tables,
-        )  # fmt: skip
+    for j in range(j0, j1, PANEL):
+        end = min(j1, j + PANEL)
+        for r in range(r0, min(r1, rows), AT_ONCE):
+            _normalize_rows(
+                x, y, residual, where, active, has_residual, has_where, relu, keep, past,
+                fold, r, min(r1, rows, r + AT_ONCE), j0, j, end, words, terms,
+            )  # fmt: skip
+        if r1 > rows and rest > j:
+            _normalize_rows(
+                x, y, residual, where, active, has_residual, has_where, relu, keep, past,
+                fold, rows, rows + 1, j0, j, min(end, rest), words, terms,
+            )  # fmt: skip
 
 
-@kernel
-def forward(
+@njit(error_model="numpy")
+def _forward_tasks(
     x, y, residual, where, active, gamma, beta, mean, m2, rstd, count, partial, eps,
     has_residual, has_where, has_gamma, has_beta, relu, keep, measure, write, past,
-    ranges, blocks, fold, spread, counters, bell, team, helper,
+    ranges, blocks, fold, spread, counters, team,
 ):  # fmt: skip
     """Moments (`measure`), the normalised result (`write`), or both.
 
@@ -370,14 +388,15 @@ def forward(
     """
     rows, channels, inner = x.shape
     columns = channels * inner
-    me = join(counters, bell, helper)
+    me = join(counters)
     first_one, single = np.int64(0), np.int64(1)  # as literals they would have functions compiled for themselves
 
     if blocks == 1:
         unit = LANES * inner
         each = ((columns + ranges - 1) // ranges + unit - 1) // unit * unit
-        tables = np.empty((4, _padded(each)))
-        task = take(counters, team, me, WRITING, ranges)
+        tables = np.empty((4, padded(each)))
+        terms = np.empty((AFFINE_TERMS, padded(each)), gamma.dtype)
+        task = take(counters, team, me, WRITING, ranges, False)
         while task < ranges:
             j0, j1 = min(columns, task * each), min(columns, (task + 1) * each)
             c0, c1 = j0 // inner, j1 // inner
@@ -386,22 +405,22 @@ def forward(
                 _fold_moments(tables, j1 - j0, inner, single)
                 _publish_moments(tables, c0, c1, mean, m2, rstd, count, has_where, eps)
             if write and c0 < c1:
-                _load_affine(tables, c0, c1, inner, single, mean, rstd, gamma, beta, has_gamma, has_beta)
+                load_affine(terms, c0, c1, mean, rstd, gamma, beta, has_gamma, has_beta)
+                _spread(terms, j1 - j0, inner, single)
                 _normalize_block(
                     x, y, residual, where, active, has_residual, has_where, relu, keep, past,
-                    single, first_one, rows, j0, j1, tables,
+                    single, first_one, rows, j0, j1, terms,
                 )  # fmt: skip
             finish(counters, WRITING)
-            task = take(counters, team, me, WRITING, ranges)
+            task = take(counters, team, me, WRITING, ranges, False)
         wait_until_done(counters, WRITING, ranges)
-        leave(counters, bell, helper)
         return
 
     if measure:
         rows, width, rest = _rows(x, fold)
         rows += rest > 0
-        tables = np.empty((4, _padded(width)))
-        task = take(counters, team, me, MEASURING, blocks)
+        tables = np.empty((4, padded(width)))
+        task = take(counters, team, me, MEASURING, blocks, False)
         while task < blocks:
             r0, r1 = _share(rows, blocks, task)
             if r0 < r1:
@@ -411,9 +430,9 @@ def forward(
             else:
                 partial[task, 0] = 0.0
             finish(counters, MEASURING)
-            task = take(counters, team, me, MEASURING, blocks)
+            task = take(counters, team, me, MEASURING, blocks, False)
         wait_until_done(counters, MEASURING, blocks)
-        if take(counters, team, me, MERGING, 1) == 0:
+        if take(counters, team, me, MERGING, 1, False) == 0:
             _unite_blocks(partial, blocks, channels)
             _publish_moments(partial[0], first_one, channels, mean, m2, rstd, count, has_where, eps)
             finish(counters, MERGING)
@@ -422,90 +441,104 @@ def forward(
     if write:
         rows, width, rest = _rows(x, spread)
         rows += rest > 0
-        tables = np.empty((3, _padded(width)))
+        terms = np.empty((AFFINE_TERMS, padded(width)), gamma.dtype)
         loaded = False
-        task = take(counters, team, me, WRITING, blocks)
+        task = take(counters, team, me, WRITING, blocks, measure)
         while task < blocks:
             if not loaded:
-                _load_affine(tables, first_one, channels, inner, spread, mean, rstd, gamma, beta, has_gamma, has_beta)
+                load_affine(terms, first_one, channels, mean, rstd, gamma, beta, has_gamma, has_beta)
+                _spread(terms, columns, inner, spread)
                 loaded = True
             r0, r1 = _share(rows, blocks, task)
             if r0 < r1:
                 _normalize_block(
                     x, y, residual, where, active, has_residual, has_where, relu, keep, past,
-                    spread, r0, r1, first_one, width, tables,
+                    spread, r0, r1, first_one, width, terms,
                 )  # fmt: skip
             finish(counters, WRITING)
-            task = take(counters, team, me, WRITING, blocks)
+            task = take(counters, team, me, WRITING, blocks, measure)
         wait_until_done(counters, WRITING, blocks)
-    leave(counters, bell, helper)
+
+
+@kernel
+def forward(arguments, board, team):
+    """`_forward_tasks` with these arguments, on a team of threads."""
+    if together(_forward_tasks, arguments + (start(team), team), board, team):  # noqa: RUF005  Numba knows no *
+        raise MemoryError
 
 
 # --- gradients ------------------------------------------------------------------------------------------
 
 
 @njit
-def _add_gradient_rows(dy, x, where, active, has_where, relu, has_active, fold, r0, r1, j0, j1, words, tables):
-    """Add dz to tables[3] and dz * (x - mean) to tables[4], for a strip of rows."""
+def _add_gradient_rows(
+    dy, x, where, active, has_where, relu, has_active, fold, r0, r1, start, j0, j1, words, tables, terms
+):
+    """Add dz to tables[1] and dz * (x - mean) to tables[2], for a strip of rows; tables[0] holds the means."""
     apart()
-    size = x.itemsize
+    size, each = x.itemsize, terms.strides[0]
     pitch, pitch_d = x.strides[0] * fold, dy.strides[0] * fold
     zero = splat(0.0)
     j = j0
     while j < j1:
-        here = (j - j0) * WORD
+        here, of_terms = (j - start) * WORD, (j - start) * terms.itemsize
         inside = first(j1 - j)
         whole = j + LANES <= j1 and not has_where
-        center, factor, offset = load(tables[0], here), load(tables[1], here), load(tables[2], here)
-        s, q = load(tables[3], here), load(tables[4], here)
+        middle, s, q = load(tables[0], here), load(tables[1], here), load(tables[2], here)
+        unit, center = load_own(terms, of_terms), load_own(terms, of_terms + CENTER * each)
+        rest, factor = load_own(terms, of_terms + REST * each), load_own(terms, of_terms + FACTOR * each)
+        offset = load_own(terms, of_terms + OFFSET * each)
         at, of = r0 * pitch + j * size, r0 * pitch_d + j * size
         for r in range(r0, r1):
             if whole:
                 dz = load(dy, of)
-                d = load(x, at) - center
+                value = load_own(x, at)
+                d = widen(value) - middle
             else:
                 mask = inside
                 if has_where:
-                    start = r * where.strides[0] + j * where.strides[1]
-                    mask = load_mask(where, start, where.strides[1], inside)
+                    bit = r * where.strides[0] + j * where.strides[1]
+                    mask = load_mask(where, bit, where.strides[1], inside)
                 dz = load_some(dy, of, mask)
-                d = select(mask, load_some(x, at, mask) - center, zero)
+                value = load_some_own(x, at, mask)
+                d = select(mask, widen(value) - middle, zero)
             if relu:
                 if has_active:
                     dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
                 else:
-                    dz = select(passes_relu(fma(d, factor, offset)), dz, zero)
+                    dz = select(passes_relu(fma(distance(value, unit, center, rest), factor, offset)), dz, zero)
             s = s + dz
             q = fma(dz, d, q)
             at += pitch
             of += pitch_d
-        store(tables[3], here, s)
-        store(tables[4], here, q)
+        store(tables[1], here, s)
+        store(tables[2], here, q)
         j += LANES
 
 
 @njit
-def _column_sums(dy, x, where, active, has_where, relu, has_active, fold, r0, r1, j0, j1, tables):
-    """Sums of dz and dz * (x - mean) for every column of a block, into tables[3] and tables[4]."""
+def _column_sums(dy, x, where, active, has_where, relu, has_active, fold, r0, r1, j0, j1, tables, terms):
+    """Sums of dz and dz * (x - mean) for every column of a block, into tables[1] and tables[2]."""
     apart()
     rows, width, rest = _rows(x, fold)
     words = (width + LANES - 1) // LANES
     zero = splat(0.0)
     for j in range(0, j1 - j0, LANES):
-        store(tables[3], j * WORD, zero)
-        store(tables[4], j * WORD, zero)
-    strip = _strip(j1 - j0, x.itemsize)
-    end = min(r1, rows)
-    for r in range(r0, end, strip):
-        _add_gradient_rows(
-            dy, x, where, active, has_where, relu, has_active,
-            fold, r, min(end, r + strip), j0, j1, words, tables,
-        )  # fmt: skip
-    if r1 > rows and rest > j0:
-        _add_gradient_rows(
-            dy, x, where, active, has_where, relu, has_active,
-            fold, rows, rows + 1, j0, min(j1, rest), words, tables,
-        )  # fmt: skip
+        store(tables[1], j * WORD, zero)
+        store(tables[2], j * WORD, zero)
+    for j in range(j0, j1, PANEL):
+        end = min(j1, j + PANEL)
+        strip = _strip(end - j, x.itemsize)
+        for r in range(r0, min(r1, rows), strip):
+            _add_gradient_rows(
+                dy, x, where, active, has_where, relu, has_active,
+                fold, r, min(r1, rows, r + strip), j0, j, end, words, tables, terms,
+            )  # fmt: skip
+        if r1 > rows and rest > j:
+            _add_gradient_rows(
+                dy, x, where, active, has_where, relu, has_active,
+                fold, rows, rows + 1, j0, j, min(end, rest), words, tables, terms,
+            )  # fmt: skip
 
 
 @njit
@@ -525,109 +558,116 @@ def _fold_sums(sums, columns, inner, fold):
             sums[c] = a
 
 
-@njit(error_model="numpy")
-def _load_slopes(tables, c0, c1, inner, fold, rstd, sum_dy, sum_dy_xhat, count, has_counts, samples, constant):
-    """tables[3] = mean of dz, tables[4] = -rstd * mean of dz * xhat, per column; 0 for constant statistics."""
+@njit
+def _load_means(values, mean, c0, c1, inner, fold):
+    """The mean of every column."""
     apart()
     for c in range(c0, c1):
-        if constant:
-            tables[3, c - c0], tables[4, c - c0] = 0.0, 0.0
-        else:
-            n = max(np.float64(count[c]), 1.0) if has_counts else samples
-            tables[3, c - c0] = sum_dy[c] / n
-            tables[4, c - c0] = -(rstd[c] * (sum_dy_xhat[c] / n))
-    if inner * fold > 1:
-        for k in range(3, 5):
-            _spread(tables[k], (c1 - c0) * inner, inner, fold)
+        values[0, c - c0] = mean[c]
+    _spread(values[:1], (c1 - c0) * inner, inner, fold)
 
 
 @njit
 def _gradient_rows(
     dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-    fold, r0, r1, j0, j1, words, tables,
+    fold, r0, r1, start, j0, j1, words, terms,
 ):  # fmt: skip
-    """dx = scale * (dz - mean_dz - slope * (x - mean)) for a strip of rows, and dz where asked for."""
+    """The gradient of x for a strip of rows, and dz where asked for; the terms begin at column `start`."""
     apart()
-    size = x.itemsize
+    size, each = x.itemsize, terms.strides[0]
     pitch, pitch_d, pitch_to = x.strides[0] * fold, dy.strides[0] * fold, dx.strides[0] * fold
     pitch_also = dresidual.strides[0] * fold
     streams = past and pitch_to % (LANES * size) == 0
     head = head_length(dx, r0 * pitch_to + j0 * size, j1 - j0) if streams else 0
     if has_active and head:
         head, streams = 0, False
-    zero = splat(0.0)
+    zero = own(x, splat(0.0))
     j = j0
     while j < j1:
         n = head if j == j0 and head else min(LANES, j1 - j)
-        inside = first(n)
-        whole = n == LANES and not has_where
-        here = (j - j0) * WORD
-        center, factor, offset = load(tables[0], here), load(tables[1], here), load(tables[2], here)
-        level, tilt = load(tables[3], here), load(tables[4], here)
+        here = (j - start) * terms.itemsize
+        unit, center, rest = (
+            load_own(terms, here),
+            load_own(terms, here + CENTER * each),
+            load_own(terms, here + REST * each),
+        )
+        factor, offset = load_own(terms, here + FACTOR * each), load_own(terms, here + OFFSET * each)
+        level, tilt = load_own(terms, here + LEVEL * each), load_own(terms, here + TILT * each)
         at, of = r0 * pitch + j * size, r0 * pitch_d + j * size
         to, also = r0 * pitch_to + j * size, r0 * pitch_also + j * size
-        for r in range(r0, r1):
-            mask = inside
-            if whole:
-                dz = load(dy, of)
-                d = load(x, at) - center
-            else:
-                if has_where:
-                    start = r * where.strides[0] + j * where.strides[1]
-                    mask = load_mask(where, start, where.strides[1], inside)
-                dz = load_some(dy, of, mask)
-                d = load_some(x, at, mask) - center
-            if relu:
-                if has_active:
-                    dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
-                else:
-                    dz = select(passes_relu(fma(d, factor, offset)), dz, zero)
-            result = fma(d, tilt, dz - level) * factor
-            if whole:
+        if n == LANES and not has_where:
+            for r in range(r0, r1):
+                dz = load_own(dy, of)
+                d = distance(load_own(x, at), unit, center, rest)
+                if relu:
+                    if has_active:
+                        dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
+                    else:
+                        dz = select(passes_relu(fma(d, factor, offset)), dz, zero)
+                result = fma(d, tilt, dz + level) * factor * unit
                 if give_dresidual:
                     store(dresidual, also, dz)
                 if streams:
                     stream(dx, to, result)
                 else:
                     store(dx, to, result)
-            else:
+                at += pitch
+                of += pitch_d
+                to += pitch_to
+                also += pitch_also
+        else:
+            inside = first(n)
+            for r in range(r0, r1):
+                mask = inside
+                if has_where:
+                    bit = r * where.strides[0] + j * where.strides[1]
+                    mask = load_mask(where, bit, where.strides[1], inside)
+                dz = load_some_own(dy, of, mask)
+                d = distance(load_some_own(x, at, mask), unit, center, rest)
+                if relu:
+                    if has_active:
+                        dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
+                    else:
+                        dz = select(passes_relu(fma(d, factor, offset)), dz, zero)
+                result = fma(d, tilt, dz + level) * factor * unit
                 if give_dresidual:
                     store_some(dresidual, also, dz, inside)
                 store_some(dx, to, select(mask, result, zero), inside)
-            at += pitch
-            of += pitch_d
-            to += pitch_to
-            also += pitch_also
+                at += pitch
+                of += pitch_d
+                to += pitch_to
+                also += pitch_also
         j += n
 
 
 @njit
 def _gradient_block(
     dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-    fold, r0, r1, j0, j1, tables,
+    fold, r0, r1, j0, j1, terms,
 ):  # fmt: skip
+    """As `_normalize_block`."""
     apart()
     rows, width, rest = _rows(x, fold)
     words = (width + LANES - 1) // LANES
-    strip = _strip(j1 - j0, x.itemsize)
-    end = min(r1, rows)
-    for r in range(r0, end, strip):
-        _gradient_rows(
-            dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-            fold, r, min(end, r + strip), j0, j1, words, tables,
-        )  # fmt: skip
-    if r1 > rows and rest > j0:
-        _gradient_rows(
-            dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-            fold, rows, rows + 1, j0, min(j1, rest), words, tables,
-        )  # fmt: skip
+    for j in range(j0, j1, PANEL):
+        end = min(j1, j + PANEL)
+        for r in range(r0, min(r1, rows), AT_ONCE):
+            _gradient_rows(
+                dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
+                fold, r, min(r1, rows, r + AT_ONCE), j0, j, end, words, terms,
+            )  # fmt: skip
+        if r1 > rows and rest > j:
+            _gradient_rows(
+                dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
+                fold, rows, rows + 1, j0, j, min(end, rest), words, terms,
+            )  # fmt: skip
 
 
-@kernel
-def backward(
+@njit(error_model="numpy")
+def _backward_tasks(
     dy, x, dx, dresidual, where, active, gamma, beta, mean, rstd, sum_dy, sum_dy_xhat, count, partial,
     samples, has_where, has_gamma, has_beta, has_counts, relu, has_active, give_dresidual, constant,
-    measure, write, past, ranges, blocks, fold, spread, counters, bell, team, helper,
+    measure, write, past, ranges, blocks, fold, spread, counters, team,
 ):  # fmt: skip
     """The two sums (`measure`), the gradient of the input (`write`), or both.
 
@@ -636,62 +676,70 @@ def backward(
     """
     rows, channels, inner = x.shape
     columns = channels * inner
-    me = join(counters, bell, helper)
+    me = join(counters)
     first_one, single = np.int64(0), np.int64(1)  # as literals they would have functions compiled for themselves
 
     if blocks == 1:
         unit = LANES * inner
         each = ((columns + ranges - 1) // ranges + unit - 1) // unit * unit
-        tables = np.empty((5, _padded(each)))
-        task = take(counters, team, me, WRITING, ranges)
+        tables = np.empty((3, padded(each)))
+        terms = np.empty((GRADIENT_TERMS, padded(each)), gamma.dtype)
+        task = take(counters, team, me, WRITING, ranges, False)
         while task < ranges:
             j0, j1 = min(columns, task * each), min(columns, (task + 1) * each)
             c0, c1 = j0 // inner, j1 // inner
-            if c0 < c1:
-                _load_affine(tables, c0, c1, inner, single, mean, rstd, gamma, beta, has_gamma, has_beta)
             if measure and c0 < c1:
-                _column_sums(dy, x, where, active, has_where, relu, has_active, single, first_one, rows, j0, j1, tables)
-                _fold_sums(tables[3], j1 - j0, inner, single)
-                _fold_sums(tables[4], j1 - j0, inner, single)
-                for c in range(c0, c1):
-                    sum_dy[c], sum_dy_xhat[c] = tables[3, c - c0], times(tables[4, c - c0], rstd[c])
-            if write and c0 < c1:
-                _load_slopes(
-                    tables, c0, c1, inner, single, rstd, sum_dy, sum_dy_xhat, count, has_counts, samples, constant
+                load_affine(terms, c0, c1, mean, rstd, gamma, beta, has_gamma, has_beta)
+                _spread(terms, j1 - j0, inner, single)
+                _load_means(tables, mean, c0, c1, inner, single)
+                _column_sums(
+                    dy, x, where, active, has_where, relu, has_active, single, first_one, rows, j0, j1, tables, terms
                 )
+                _fold_sums(tables[1], j1 - j0, inner, single)
+                _fold_sums(tables[2], j1 - j0, inner, single)
+                for c in range(c0, c1):
+                    sum_dy[c], sum_dy_xhat[c] = tables[1, c - c0], times(tables[2, c - c0], rstd[c])
+            if write and c0 < c1:
+                load_affine(terms, c0, c1, mean, rstd, gamma, beta, has_gamma, has_beta)
+                load_slopes(terms, c0, c1, mean, rstd, sum_dy, sum_dy_xhat, count, has_counts, samples, constant)
+                _spread(terms, j1 - j0, inner, single)
                 _gradient_block(
                     dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-                    single, first_one, rows, j0, j1, tables,
+                    single, first_one, rows, j0, j1, terms,
                 )  # fmt: skip
             finish(counters, WRITING)
-            task = take(counters, team, me, WRITING, ranges)
+            task = take(counters, team, me, WRITING, ranges, False)
         wait_until_done(counters, WRITING, ranges)
-        leave(counters, bell, helper)
         return
 
     if measure:
         rows, width, rest = _rows(x, fold)
         rows += rest > 0
-        tables = np.empty((5, _padded(width)))
+        tables = np.empty((3, padded(width)))
+        terms = np.empty((AFFINE_TERMS, padded(width)), gamma.dtype)
         loaded = False
-        task = take(counters, team, me, MEASURING, blocks)
+        task = take(counters, team, me, MEASURING, blocks, False)
         while task < blocks:
             if not loaded:
-                _load_affine(tables, first_one, channels, inner, fold, mean, rstd, gamma, beta, has_gamma, has_beta)
+                load_affine(terms, first_one, channels, mean, rstd, gamma, beta, has_gamma, has_beta)
+                _spread(terms, columns, inner, fold)
+                _load_means(tables, mean, first_one, channels, inner, fold)
                 loaded = True
             r0, r1 = _share(rows, blocks, task)
             if r0 < r1:
-                _column_sums(dy, x, where, active, has_where, relu, has_active, fold, r0, r1, first_one, width, tables)
-                _fold_sums(tables[3], columns, inner, fold)
-                _fold_sums(tables[4], columns, inner, fold)
-                _copy(tables[3:], partial[task], 2, channels)
+                _column_sums(
+                    dy, x, where, active, has_where, relu, has_active, fold, r0, r1, first_one, width, tables, terms
+                )
+                _fold_sums(tables[1], columns, inner, fold)
+                _fold_sums(tables[2], columns, inner, fold)
+                _copy(tables[1:], partial[task], 2, channels)
             else:
                 partial[task, 0] = 0.0
                 partial[task, 1] = 0.0
             finish(counters, MEASURING)
-            task = take(counters, team, me, MEASURING, blocks)
+            task = take(counters, team, me, MEASURING, blocks, False)
         wait_until_done(counters, MEASURING, blocks)
-        if take(counters, team, me, MERGING, 1) == 0:
+        if take(counters, team, me, MERGING, 1, False) == 0:
             for c in range(channels):
                 a, b = 0.0, 0.0
                 for k in range(blocks):
@@ -704,24 +752,30 @@ def backward(
     if write:
         rows, width, rest = _rows(x, spread)
         rows += rest > 0
-        tables = np.empty((5, _padded(width)))
+        terms = np.empty((GRADIENT_TERMS, padded(width)), gamma.dtype)
         loaded = False
-        task = take(counters, team, me, WRITING, blocks)
+        task = take(counters, team, me, WRITING, blocks, measure)
         while task < blocks:
             if not loaded:
-                _load_affine(tables, first_one, channels, inner, spread, mean, rstd, gamma, beta, has_gamma, has_beta)
-                _load_slopes(
-                    tables, first_one, channels, inner, spread,
-                    rstd, sum_dy, sum_dy_xhat, count, has_counts, samples, constant,
-                )  # fmt: skip
+                load_affine(terms, first_one, channels, mean, rstd, gamma, beta, has_gamma, has_beta)
+                load_slopes(
+                    terms, first_one, channels, mean, rstd, sum_dy, sum_dy_xhat, count, has_counts, samples, constant
+                )
+                _spread(terms, columns, inner, spread)
                 loaded = True
             r0, r1 = _share(rows, blocks, task)
             if r0 < r1:
                 _gradient_block(
                     dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-                    spread, r0, r1, first_one, width, tables,
+                    spread, r0, r1, first_one, width, terms,
                 )  # fmt: skip
             finish(counters, WRITING)
-            task = take(counters, team, me, WRITING, blocks)
+            task = take(counters, team, me, WRITING, blocks, measure)
         wait_until_done(counters, WRITING, blocks)
-    leave(counters, bell, helper)
+
+
+@kernel
+def backward(arguments, board, team):
+    """`_backward_tasks` with these arguments, on a team of threads."""
+    if together(_backward_tasks, arguments + (start(team), team), board, team):  # noqa: RUF005  Numba knows no *
+        raise MemoryError

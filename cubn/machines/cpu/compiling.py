@@ -58,6 +58,9 @@ def array(dtype: Any, rank: int = 3) -> Any:
     return types.Array(dtype, rank, "A")
 
 
+BOARD = array(types.int64, 1)
+
+
 def compile_for(dispatcher: Any, *signature: Any) -> Callable[..., Any]:
     """The entry point of the kernel for arguments of these types."""
     with _compiling:

@@ -13,22 +13,37 @@ CACHE = 1 << 20
 """Bytes of x that a core is trusted to keep between two reads: half the second-level cache of a server."""
 
 TASK = 1 << 18
-"""Bytes of x worth waking up another thread for: some 20 us of work, which is what waking up takes."""
+"""Bytes of x worth another thread: some 15 us of work.  One that listens comes within one, one that sleeps in fifty."""
+
+TERMS = 1 << 12
+"""Channels whose terms (20 or 28 bytes each) a thread holds at once."""
 
 ROW = 1 << 12
 """Bytes of a row that a task should cover, so that threads rarely write to the same lines of memory."""
 
-BYPASS = 1 << 24
-"""Bytes of a result from which it is written past the cache."""
+LINE = 64
+"""Bytes of a line of the cache.  A vector of a 16-bit type is half of one, and halves past the cache take six times
+as long as plain stores."""
+
+BYPASS = 1 << 21
+"""Bytes of a result from which it is written past the cache.
+
+From 2 MB on a thread of a server with 2 MB of second-level cache wrote 18 GB/s so, and 14 GB/s through the cache; in
+`benchmarks/results/` that is what makes inference of 25 MB twice as fast as a copy.
+"""
 
 
 @dataclass(frozen=True)
 class Planes:
-    """Tasks of `cubn.machines.cpu.planes`: `group` channels, or one of the pieces of one channel."""
+    """Tasks of `cubn.machines.cpu.planes`: `group` channels, or one of the pieces of one group.
+
+    `fits_twice` says that the cache holds two groups, so that the next can be fetched while one is written.
+    """
 
     group: int
     outer_pieces: int
     inner_pieces: int
+    fits_twice: bool
     past: bool
     tasks: int
 
@@ -46,12 +61,21 @@ class Columns:
 
 
 @lru_cache(maxsize=4096)
-def plan_planes(outer: int, channels: int, inner: int, itemsize: int) -> Planes:
-    """Whole channels as tasks, unless they are few and large."""
+def plan_planes(outer: int, channels: int, inner: int, itemsize: int, measure: bool) -> Planes:
+    """Whole channels as tasks, unless they are few and large, or in any order, if nothing is to be measured."""
     slab = outer * inner * itemsize
     total = slab * channels
     worthwhile = max(1, total // TASK)
-    past = total >= BYPASS
+    past = total >= BYPASS and LANES * itemsize >= LINE
+    if not measure and channels <= TERMS:
+        # In the order of memory: pieces of the first axis with all of their channels, or what else there is to cut.
+        wanted = min(64, -(-total // TASK))
+        outer_pieces = min(outer, wanted)
+        groups = min(channels, -(-wanted // outer_pieces))
+        inner_pieces = max(1, min(-(-wanted // (outer_pieces * groups)), inner // 1024))
+        group = -(-channels // groups)
+        tasks = -(-channels // group) * outer_pieces * inner_pieces
+        return Planes(group, outer_pieces, inner_pieces, False, past, min(worthwhile, tasks))
     if channels < 16 and slab > CACHE:
         wanted = min(64, -(-total // (2 * TASK)), -(-slab // TASK))
         wanted = -(-wanted // channels)
@@ -59,24 +83,24 @@ def plan_planes(outer: int, channels: int, inner: int, itemsize: int) -> Planes:
         inner_pieces = max(1, min(-(-wanted // outer_pieces), inner // 1024))
         pieces = outer_pieces * inner_pieces
         if pieces > 1:
-            return Planes(1, outer_pieces, inner_pieces, past, min(worthwhile, channels * pieces))
+            return Planes(1, outer_pieces, inner_pieces, False, past, min(worthwhile, channels * pieces))
     group = max(1, min(channels // 8, max(TASK // 4 // max(slab, 1), ROW // (inner * itemsize))))
-    return Planes(group, 1, 1, past, min(worthwhile, -(-channels // group)))
+    return Planes(group, 1, 1, 2 * group * slab <= CACHE, past, min(worthwhile, -(-channels // group)))
 
 
 @lru_cache(maxsize=4096)
-def plan_columns(rows: int, columns: int, itemsize: int, close: bool, bits: bool, mask: bool) -> Columns:
+def plan_columns(rows: int, columns: int, itemsize: int, close: bool, bits: bool, mask: bool, measure: bool) -> Columns:
     """Ranges of columns where the rows of one fit the cache, blocks of rows elsewhere.
 
     `close` says that rows lie one after the other in all arrays, `bits` that ReLU's choices are kept or used.
     """
     total = rows * columns * itemsize
     worthwhile = max(1, total // TASK)
-    past = total >= BYPASS
+    past = total >= BYPASS and LANES * itemsize >= LINE
     if total <= TASK:
         return Columns(1, 1, 1, 1, past, 1)
     width = min(1024, CACHE // (rows * itemsize) // 64 * 64)
-    if width and -(-columns // width) >= 4:
+    if measure and width >= 512 and -(-columns // width) >= 4:
         ranges = -(-columns // width)
         return Columns(ranges, 1, 1, 1, past, min(worthwhile, ranges))
 

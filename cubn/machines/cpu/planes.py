@@ -18,8 +18,33 @@ call share out work with.
 import numpy as np
 from numba import njit
 
+from cubn.machines.cpu.affine import (
+    AFFINE_TERMS,
+    CENTER,
+    FACTOR,
+    GRADIENT_TERMS,
+    LEVEL,
+    OFFSET,
+    REST,
+    TILT,
+    distance,
+    load_affine,
+    load_slopes,
+    padded,
+)
 from cubn.machines.cpu.compiling import kernel
-from cubn.machines.cpu.sharing import MEASURING, MERGING, WRITING, finish, join, leave, take, wait_until_done
+from cubn.machines.cpu.sharing import (
+    MEASURING,
+    MERGING,
+    WRITING,
+    finish,
+    goes_on,
+    join,
+    start,
+    take,
+    together,
+    wait_until_done,
+)
 from cubn.machines.cpu.simd import (
     LANES,
     apart,
@@ -28,17 +53,23 @@ from cubn.machines.cpu.simd import (
     lanes_in,
     load,
     load_mask,
+    load_own,
     load_some,
+    load_some_own,
     number,
+    own,
     pack,
     passes_relu,
+    prefetch,
     select,
     splat,
+    spread,
     store,
     store_some,
     stream,
     total,
     unpack,
+    widen,
 )
 
 FIRST_SEGMENT, SEGMENT = 128, 4096
@@ -177,68 +208,114 @@ def head_length(array, at, length):
 
 
 @njit
-def _normalize_piece(
-    x, y, residual, where, active, has_residual, has_where, relu, keep, past, c, o0, o1, i0, i1, mean, scale, shift
-):
-    """y = act(scale * (x - mean) + shift + residual) for one piece of a channel.
+def _runs_on(array):
+    """True if the rows of neighbouring channels lie one after the other."""
+    return array.strides[1] == array.shape[2] * array.itemsize
 
-    `keep` notes in `active`, a bit for each element, where ReLU let it pass; `past` writes past the cache.
+
+@njit
+def _terms(terms, k):
+    """The terms of a distance and of y for one channel of a table."""
+    at, each = k * terms.itemsize, terms.strides[0]
+    return (
+        spread(terms, at), spread(terms, at + CENTER * each), spread(terms, at + REST * each),
+        spread(terms, at + FACTOR * each), spread(terms, at + OFFSET * each),
+    )  # fmt: skip
+
+
+@njit
+def _terms_of_two(mask, terms, k):
+    """The terms of channel k where the mask is true, those of the next one elsewhere."""
+    u, c, r, f, b = _terms(terms, k)
+    unit, center, rest, factor, offset = _terms(terms, k + 1)
+    return (
+        select(mask, u, unit), select(mask, c, center), select(mask, r, rest),
+        select(mask, f, factor), select(mask, b, offset),
+    )  # fmt: skip
+
+
+@njit
+def _normalize_rows(
+    x, y, residual, where, active, has_residual, has_where, relu, keep, past, o0, o1, c0, c1, i0, i1, ahead, terms
+):
+    """y = act(gamma * rstd * (x - mean) + beta + residual) for a piece of some channels, whose terms are given.
+
+    `keep` notes in `active`, a bit for each element, where ReLU let it pass; `past` writes past the cache;
+    `ahead` is how many bytes further on the x lies that is wanted next.  Rows of several channels that lie one
+    after the other are one run, in which a vector may belong to two.
     """
     apart()
-    length = i1 - i0
     size = x.itemsize
     step = LANES * size
     words = (x.shape[2] + LANES - 1) // LANES
-    zero = splat(0.0)
-    center, factor, offset = splat(mean), splat(scale), splat(shift)
+    zero = own(x, splat(0.0))
+    together = (
+        not has_where and not keep and i1 - i0 == x.shape[2]
+        and _runs_on(x) and _runs_on(y) and (_runs_on(residual) or not has_residual)
+    )  # fmt: skip
+    channels = c1 - c0 if together else 1
     for o in range(o0, o1):
-        at, to, add = _start(x, o, c, i0), _start(y, o, c, i0), _start(residual, o, c, i0)
-        bits = 2 * ((c * x.shape[0] + o) * words + i0 // LANES)
-        head = head_length(y, to, length) if past else 0
-        streams = past
-        if keep and head:
-            head, streams = 0, False  # the bits are in steps of sixteen elements from the row's start
-        i = 0
-        while i < length:
-            if i >= head and not has_where:
-                while i + LANES <= length:
-                    z = fma(load(x, at) - center, factor, offset)
+        for c in range(c0, c1, channels):
+            at, to, add = _start(x, o, c, i0), _start(y, o, c, i0), _start(residual, o, c, i0)
+            bits = 2 * ((c * x.shape[0] + o) * words + i0 // LANES)
+            length = channels * (i1 - i0)
+            head = head_length(y, to, length) if past else 0
+            streams = past
+            if keep and head:
+                head, streams = 0, False  # the bits are in steps of sixteen elements from the row's start
+            k, end = c - c0, i1 - i0  # the channel in the table, and where it ends
+            unit, center, rest, factor, offset = _terms(terms, k)
+            i = 0
+            while i < length:
+                if i >= head and not has_where:
+                    while i + LANES <= end:
+                        prefetch(x, at + ahead)
+                        z = fma(distance(load_own(x, at), unit, center, rest), factor, offset)
+                        if has_residual:
+                            z = z + load_own(residual, add)
+                        if relu:
+                            lets = passes_relu(z)
+                            z = select(lets, z, zero)
+                            if keep:
+                                pack(active, bits, lets)
+                                bits += 2
+                        if streams:
+                            stream(y, to, z)
+                        else:
+                            store(y, to, z)
+                        i += LANES
+                        at += step
+                        to += step
+                        add += step
+                if i < length:
+                    n = min(LANES, (head if i < head else length) - i)
+                    inside = first(n)
+                    prefetch(x, at + ahead)
+                    if i + n > end:
+                        unit, center, rest, factor, offset = _terms_of_two(first(end - i), terms, k)
+                    z = fma(distance(load_some_own(x, at, inside), unit, center, rest), factor, offset)
                     if has_residual:
-                        z = z + load(residual, add)
+                        z = z + load_some_own(residual, add, inside)
                     if relu:
                         lets = passes_relu(z)
                         z = select(lets, z, zero)
                         if keep:
                             pack(active, bits, lets)
                             bits += 2
-                    if streams:
+                    if has_where:
+                        start = o * where.strides[0] + c * where.strides[1] + (i0 + i) * where.strides[2]
+                        z = select(load_mask(where, start, where.strides[2], inside), z, zero)
+                    if streams and n == LANES:
                         stream(y, to, z)
                     else:
-                        store(y, to, z)
-                    i += LANES
-                    at += step
-                    to += step
-                    add += step
-            if i < length:
-                n = min(LANES, (head if i < head else length) - i)
-                inside = first(n)
-                z = fma(load_some(x, at, inside) - center, factor, offset)
-                if has_residual:
-                    z = z + load_some(residual, add, inside)
-                if relu:
-                    lets = passes_relu(z)
-                    z = select(lets, z, zero)
-                    if keep:
-                        pack(active, bits, lets)
-                        bits += 2
-                if has_where:
-                    start = o * where.strides[0] + c * where.strides[1] + (i0 + i) * where.strides[2]
-                    z = select(load_mask(where, start, where.strides[2], inside), z, zero)
-                store_some(y, to, z, inside)
-                i += n
-                at += n * size
-                to += n * size
-                add += n * size
+                        store_some(y, to, z, inside)
+                    i += n
+                    at += n * size
+                    to += n * size
+                    add += n * size
+                    if i >= end and i < length:
+                        k, end = k + 1, end + (i1 - i0)
+                        unit, center, rest, factor, offset = _terms(terms, k)
 
 
 @njit
@@ -256,11 +333,11 @@ def _piece(x, outer_pieces, inner_pieces, k):
     return o0, o1, i0, i1
 
 
-@kernel
-def forward(
+@njit(error_model="numpy")
+def _forward_tasks(
     x, y, residual, where, active, gamma, beta, mean, m2, rstd, count, partial, eps,
     has_residual, has_where, has_gamma, has_beta, relu, keep, measure, write, past,
-    group, outer_pieces, inner_pieces, counters, bell, team, helper,
+    group, outer_pieces, inner_pieces, fits_twice, counters, team,
 ):  # fmt: skip
     """Moments (`measure`), the normalised result (`write`), or both in one walk.
 
@@ -271,10 +348,10 @@ def forward(
     pieces = outer_pieces * inner_pieces
     fused = pieces == 1
     tasks = (channels + group - 1) // group * pieces
-    me = join(counters, bell, helper)
+    me = join(counters)
 
     if measure and not fused:
-        task = take(counters, team, me, MEASURING, tasks)
+        task = take(counters, team, me, MEASURING, tasks, False)
         while task < tasks:
             c, k = task // pieces, task % pieces
             o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, k)
@@ -285,9 +362,9 @@ def forward(
             else:
                 partial[0, task, 0], partial[0, task, 1], partial[0, task, 2] = 0.0, 0.0, 0.0
             finish(counters, MEASURING)
-            task = take(counters, team, me, MEASURING, tasks)
+            task = take(counters, team, me, MEASURING, tasks, False)
         wait_until_done(counters, MEASURING, tasks)
-        if take(counters, team, me, MERGING, 1) == 0:
+        if take(counters, team, me, MERGING, 1, False) == 0:
             for c in range(channels):
                 n, a, b = 0.0, 0.0, 0.0
                 for k in range(pieces):
@@ -300,151 +377,198 @@ def forward(
         wait_until_done(counters, MERGING, 1)
 
     if write or fused:
-        task = take(counters, team, me, WRITING, tasks)
+        terms = np.empty((AFFINE_TERMS, padded(group)), gamma.dtype)
+        loaded = -1
+        ahead = group * x.strides[1] if measure and fused and fits_twice else 0
+        task = take(counters, team, me, WRITING, tasks, measure and not fused)
         while task < tasks:
-            for c in range(task // pieces * group, min(channels, (task // pieces + 1) * group)):
-                o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, task % pieces)
-                if o0 >= o1 or i0 >= i1:
-                    continue
-                if measure and fused:
+            c0, c1 = task // pieces * group, min(channels, (task // pieces + 1) * group)
+            o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, task % pieces)
+            if measure and fused:
+                for c in range(c0, c1):
                     n, a, b = _piece_moments(x, where, has_where, c, o0, o1, i0, i1)
                     mean[c], m2[c], rstd[c] = a, b, reciprocal_std(n, b, eps)
                     if has_where:
                         count[c] = n
-                if write:
-                    scale = rstd[c]
-                    if has_gamma:
-                        scale *= gamma[c]
-                    shift = np.float64(beta[c]) if has_beta else 0.0
-                    _normalize_piece(
-                        x, y, residual, where, active, has_residual, has_where, relu, keep, past,
-                        c, o0, o1, i0, i1, mean[c], scale, shift,
-                    )  # fmt: skip
+            if write and o0 < o1 and i0 < i1:
+                if loaded != c0:
+                    load_affine(terms, c0, c1, mean, rstd, gamma, beta, has_gamma, has_beta)
+                    loaded = c0
+                _normalize_rows(
+                    x, y, residual, where, active, has_residual, has_where, relu, keep, past,
+                    o0, o1, c0, c1, i0, i1, ahead if goes_on(team, task, tasks) else 0, terms,
+                )  # fmt: skip
             finish(counters, WRITING)
-            task = take(counters, team, me, WRITING, tasks)
+            task = take(counters, team, me, WRITING, tasks, measure and not fused)
         wait_until_done(counters, WRITING, tasks)
-    leave(counters, bell, helper)
+
+
+@kernel
+def forward(arguments, board, team):
+    """`_forward_tasks` with these arguments, on a team of threads."""
+    if together(_forward_tasks, arguments + (start(team), team), board, team):  # noqa: RUF005  Numba knows no *
+        raise MemoryError
 
 
 @njit
-def _piece_sums(dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0, i1, mean, scale, shift):
-    """Sums of dz and of dz * (x - mean) over one piece of a channel."""
+def _piece_sums(dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0, i1, mean, terms, k):
+    """Sums of dz and of dz * (x - mean) over one piece of a channel, which has column k of the table."""
     apart()
     length = i1 - i0
     size = x.itemsize
     words = (x.shape[2] + LANES - 1) // LANES
     zero = splat(0.0)
-    center, factor, offset = splat(mean), splat(scale), splat(shift)
+    middle = splat(mean)
+    unit, center, rest, factor, offset = _terms(terms, k)
     s, q = zero, zero
     for o in range(o0, o1):
-        at, of = _start(x, o, c, i0), _start(dy, o, c, i0)
+        at, to = _start(x, o, c, i0), _start(dy, o, c, i0)
         bits = 2 * ((c * x.shape[0] + o) * words + i0 // LANES)
         i = 0
         while i < length:
             if not has_where:
                 while i + LANES <= length:
-                    dz = load(dy, of)
-                    d = load(x, at) - center
+                    dz = load(dy, to)
+                    v = load_own(x, at)
+                    d = widen(v) - middle
                     if relu:
-                        lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
+                        if has_active:
+                            lets = unpack(active, bits)
+                        else:
+                            lets = passes_relu(fma(distance(v, unit, center, rest), factor, offset))
                         dz = select(lets, dz, zero)
                         bits += 2
                     s = s + dz
                     q = fma(dz, d, q)
                     i += LANES
                     at += LANES * size
-                    of += LANES * size
+                    to += LANES * size
             if i < length:
                 inside = first(length - i)
                 if has_where:
                     start = o * where.strides[0] + c * where.strides[1] + (i0 + i) * where.strides[2]
                     inside = load_mask(where, start, where.strides[2], inside)
-                dz = load_some(dy, of, inside)
-                d = select(inside, load_some(x, at, inside) - center, zero)
+                dz = load_some(dy, to, inside)
+                v = load_some_own(x, at, inside)
+                d = select(inside, widen(v) - middle, zero)
                 if relu:
-                    lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
+                    if has_active:
+                        lets = unpack(active, bits)
+                    else:
+                        lets = passes_relu(fma(distance(v, unit, center, rest), factor, offset))
                     dz = select(lets, dz, zero)
                     bits += 2
                 s = s + dz
                 q = fma(dz, d, q)
                 i += LANES
                 at += LANES * size
-                of += LANES * size
+                to += LANES * size
     return total(s), total(q)
 
 
 @njit
-def _gradient_piece(
+def _slopes(terms, k):
+    """The terms that the gradient has besides, for one channel of a table."""
+    at, each = k * terms.itemsize, terms.strides[0]
+    return spread(terms, at + LEVEL * each), spread(terms, at + TILT * each)
+
+
+@njit
+def _gradient_rows(
     dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-    c, o0, o1, i0, i1, mean, scale, shift, mean_dz, slope,
+    o0, o1, c0, c1, i0, i1, ahead, ahead_dy, terms,
 ):  # fmt: skip
-    """dx = scale * (dz - mean_dz - slope * (x - mean)) for one piece of a channel, and dz where asked for."""
+    """The gradient of x for a piece of some channels, whose terms are given, and dz where asked for."""
     apart()
-    length = i1 - i0
     size = x.itemsize
+    step = LANES * size
     words = (x.shape[2] + LANES - 1) // LANES
-    zero = splat(0.0)
-    center, factor, offset = splat(mean), splat(scale), splat(shift)
-    level, tilt = splat(mean_dz), splat(-slope)
+    zero = own(x, splat(0.0))
+    together = (
+        not has_where and not has_active and i1 - i0 == x.shape[2]
+        and _runs_on(x) and _runs_on(dy) and _runs_on(dx) and (_runs_on(dresidual) or not give_dresidual)
+    )  # fmt: skip
+    channels = c1 - c0 if together else 1
     for o in range(o0, o1):
-        at, of = _start(x, o, c, i0), _start(dy, o, c, i0)
-        to, also = _start(dx, o, c, i0), _start(dresidual, o, c, i0)
-        bits = 2 * ((c * x.shape[0] + o) * words + i0 // LANES)
-        head = head_length(dx, to, length) if past else 0
-        streams = past
-        if has_active and head:
-            head, streams = 0, False
-        i = 0
-        while i < length:
-            if i >= head and not has_where:
-                while i + LANES <= length:
-                    dz = load(dy, of)
-                    d = load(x, at) - center
+        for c in range(c0, c1, channels):
+            at, of = _start(x, o, c, i0), _start(dy, o, c, i0)
+            to, also = _start(dx, o, c, i0), _start(dresidual, o, c, i0)
+            bits = 2 * ((c * x.shape[0] + o) * words + i0 // LANES)
+            length = channels * (i1 - i0)
+            head = head_length(dx, to, length) if past else 0
+            streams = past
+            if has_active and head:
+                head, streams = 0, False
+            k, end = c - c0, i1 - i0
+            unit, center, rest, factor, offset = _terms(terms, k)
+            level, tilt = _slopes(terms, k)
+            i = 0
+            while i < length:
+                if i >= head and not has_where:
+                    while i + LANES <= end:
+                        prefetch(x, at + ahead)
+                        prefetch(dy, of + ahead_dy)
+                        dz = load_own(dy, of)
+                        d = distance(load_own(x, at), unit, center, rest)
+                        if relu:
+                            lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
+                            dz = select(lets, dz, zero)
+                            bits += 2
+                        result = fma(d, tilt, dz + level) * factor * unit
+                        if give_dresidual:
+                            store(dresidual, also, dz)
+                            also += step
+                        if streams:
+                            stream(dx, to, result)
+                        else:
+                            store(dx, to, result)
+                        i += LANES
+                        at += step
+                        of += step
+                        to += step
+                if i < length:
+                    n = min(LANES, (head if i < head else length) - i)
+                    inside = first(n)
+                    prefetch(x, at + ahead)
+                    prefetch(dy, of + ahead_dy)
+                    admitted = inside
+                    if has_where:
+                        start = o * where.strides[0] + c * where.strides[1] + (i0 + i) * where.strides[2]
+                        admitted = load_mask(where, start, where.strides[2], inside)
+                    if i + n > end:
+                        here = first(end - i)
+                        unit, center, rest, factor, offset = _terms_of_two(here, terms, k)
+                        next_level, next_tilt = _slopes(terms, k + 1)
+                        level, tilt = select(here, level, next_level), select(here, tilt, next_tilt)
+                    dz = load_some_own(dy, of, admitted)
+                    d = distance(load_some_own(x, at, admitted), unit, center, rest)
                     if relu:
                         lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
                         dz = select(lets, dz, zero)
                         bits += 2
-                    result = fma(d, tilt, dz - level) * factor
+                    result = select(admitted, fma(d, tilt, dz + level) * factor * unit, zero)
                     if give_dresidual:
-                        store(dresidual, also, dz)
-                        also += LANES * size
-                    if streams:
+                        store_some(dresidual, also, dz, inside)
+                        also += n * size
+                    if streams and n == LANES:
                         stream(dx, to, result)
                     else:
-                        store(dx, to, result)
-                    i += LANES
-                    at += LANES * size
-                    of += LANES * size
-                    to += LANES * size
-            if i < length:
-                n = min(LANES, (head if i < head else length) - i)
-                inside = first(n)
-                admitted = inside
-                if has_where:
-                    start = o * where.strides[0] + c * where.strides[1] + (i0 + i) * where.strides[2]
-                    admitted = load_mask(where, start, where.strides[2], inside)
-                dz = load_some(dy, of, admitted)
-                d = load_some(x, at, admitted) - center
-                if relu:
-                    lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
-                    dz = select(lets, dz, zero)
-                    bits += 2
-                result = select(admitted, fma(d, tilt, dz - level) * factor, zero)
-                if give_dresidual:
-                    store_some(dresidual, also, dz, inside)
-                    also += n * size
-                store_some(dx, to, result, inside)
-                i += n
-                at += n * size
-                of += n * size
-                to += n * size
+                        store_some(dx, to, result, inside)
+                    i += n
+                    at += n * size
+                    of += n * size
+                    to += n * size
+                    if i >= end and i < length:
+                        k, end = k + 1, end + (i1 - i0)
+                        unit, center, rest, factor, offset = _terms(terms, k)
+                        level, tilt = _slopes(terms, k)
 
 
-@kernel
-def backward(
+@njit(error_model="numpy")
+def _backward_tasks(
     dy, x, dx, dresidual, where, active, gamma, beta, mean, rstd, sum_dy, sum_dy_xhat, count, partial,
     samples, has_where, has_gamma, has_beta, has_counts, relu, has_active, give_dresidual, constant,
-    measure, write, past, group, outer_pieces, inner_pieces, counters, bell, team, helper,
+    measure, write, past, group, outer_pieces, inner_pieces, fits_twice, counters, team,
 ):  # fmt: skip
     """The two sums (`measure`), the gradient of the input (`write`), or both in one walk.
 
@@ -455,22 +579,22 @@ def backward(
     pieces = outer_pieces * inner_pieces
     fused = pieces == 1
     tasks = (channels + group - 1) // group * pieces
-    me = join(counters, bell, helper)
+    me = join(counters)
+    terms = np.empty((GRADIENT_TERMS, padded(group)), gamma.dtype)
 
     if measure and not fused:
-        task = take(counters, team, me, MEASURING, tasks)
+        task = take(counters, team, me, MEASURING, tasks, False)
         while task < tasks:
-            c, k = task // pieces, task % pieces
-            o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, k)
-            scale = rstd[c] * gamma[c] if has_gamma else rstd[c]
-            shift = np.float64(beta[c]) if has_beta else 0.0
+            c = task // pieces
+            o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, task % pieces)
+            load_affine(terms, c, c + 1, mean, rstd, gamma, beta, has_gamma, has_beta)
             partial[0, task, 0], partial[0, task, 1] = _piece_sums(
-                dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0, i1, mean[c], scale, shift
+                dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0, i1, mean[c], terms, 0
             )
             finish(counters, MEASURING)
-            task = take(counters, team, me, MEASURING, tasks)
+            task = take(counters, team, me, MEASURING, tasks, False)
         wait_until_done(counters, MEASURING, tasks)
-        if take(counters, team, me, MERGING, 1) == 0:
+        if take(counters, team, me, MERGING, 1, False) == 0:
             for c in range(channels):
                 a, b = 0.0, 0.0
                 for k in range(pieces):
@@ -481,30 +605,37 @@ def backward(
         wait_until_done(counters, MERGING, 1)
 
     if write or fused:
-        task = take(counters, team, me, WRITING, tasks)
+        loaded = -1
+        task = take(counters, team, me, WRITING, tasks, measure and not fused)
         while task < tasks:
-            for c in range(task // pieces * group, min(channels, (task // pieces + 1) * group)):
-                o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, task % pieces)
-                if o0 >= o1 or i0 >= i1:
-                    continue
-                scale = rstd[c] * gamma[c] if has_gamma else rstd[c]
-                shift = np.float64(beta[c]) if has_beta else 0.0
-                if measure and fused:
+            c0, c1 = task // pieces * group, min(channels, (task // pieces + 1) * group)
+            o0, o1, i0, i1 = _piece(x, outer_pieces, inner_pieces, task % pieces)
+            fresh = loaded != c0
+            goes = measure and fused and fits_twice and goes_on(team, task, tasks)
+            loaded = c0
+            if fresh:
+                load_affine(terms, c0, c1, mean, rstd, gamma, beta, has_gamma, has_beta)
+            if measure and fused:
+                for c in range(c0, c1):
                     a, b = _piece_sums(
                         dy, x, where, active, has_where, relu, has_active,
-                        c, o0, o1, i0, i1, mean[c], scale, shift,
+                        c, o0, o1, i0, i1, mean[c], terms, c - c0,
                     )  # fmt: skip
                     sum_dy[c], sum_dy_xhat[c] = a, times(b, rstd[c])
-                if write:
-                    mean_dz, slope = 0.0, 0.0
-                    if not constant:
-                        n = max(np.float64(count[c]), 1.0) if has_counts else samples
-                        mean_dz, slope = sum_dy[c] / n, rstd[c] * (sum_dy_xhat[c] / n)
-                    _gradient_piece(
-                        dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
-                        c, o0, o1, i0, i1, mean[c], scale, shift, mean_dz, slope,
-                    )  # fmt: skip
+            if write and o0 < o1 and i0 < i1:
+                if fresh:
+                    load_slopes(terms, c0, c1, mean, rstd, sum_dy, sum_dy_xhat, count, has_counts, samples, constant)
+                _gradient_rows(
+                    dy, x, dx, dresidual, where, active, has_where, relu, has_active, give_dresidual, past,
+                    o0, o1, c0, c1, i0, i1, group * x.strides[1] * goes, group * dy.strides[1] * goes, terms,
+                )  # fmt: skip
             finish(counters, WRITING)
-            task = take(counters, team, me, WRITING, tasks)
+            task = take(counters, team, me, WRITING, tasks, measure and not fused)
         wait_until_done(counters, WRITING, tasks)
-    leave(counters, bell, helper)
+
+
+@kernel
+def backward(arguments, board, team):
+    """`_backward_tasks` with these arguments, on a team of threads."""
+    if together(_backward_tasks, arguments + (start(team), team), board, team):  # noqa: RUF005  Numba knows no *
+        raise MemoryError

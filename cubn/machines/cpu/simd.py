@@ -1,10 +1,13 @@
-"""Vectors for kernels: sixteen numbers at a time, in float64, whatever the element type of the array.
+"""Vectors for kernels: sixteen numbers at a time.
 
 Numba leaves it to the compiler to find vectors in a loop; here they are written down, so that sums keep one
 order, stores can bypass the cache and float16 and bfloat16 need no library.  A `Wide` is sixteen float64, a
-`Mask` sixteen truth values.  They live in registers only: a kernel makes them with `load` and `splat`,
-combines them with ``+ - *``, `fma` and `select`, and hands them back with `store` or `stream`.  Whatever the
-processor has (AVX-512, AVX2, NEON), LLVM splits sixteen lanes into as many registers as that takes.
+`Single` sixteen float32, a `Mask` sixteen truth values.  They live in registers only: a kernel makes them with
+`load` and `splat`, combines them with ``+ - *``, `fma` and `select`, and hands them back with `store` or `stream`.
+Whatever the processor has (AVX-512, AVX2, NEON), LLVM splits sixteen lanes into as many registers as that takes.
+
+Sums are taken in `Wide`, whatever the element type.  What is done to every element on its own is done in
+the *own* arithmetic of an array, which is `Wide` for float64 and `Single` for all others: `load_own`, `own`.
 
 An array's dtype says how its elements are stored.  The two half precisions have no NumPy-Numba type of their
 own, so their bits travel as integers:
@@ -45,6 +48,13 @@ class WideType(types.Type):  # type: ignore[misc]  # numba has no type hints
         super().__init__("Wide")
 
 
+class SingleType(types.Type):  # type: ignore[misc]  # numba has no type hints
+    """Sixteen float32."""
+
+    def __init__(self) -> None:
+        super().__init__("Single")
+
+
 class MaskType(types.Type):  # type: ignore[misc]  # numba has no type hints
     """Sixteen truth values."""
 
@@ -52,7 +62,7 @@ class MaskType(types.Type):  # type: ignore[misc]  # numba has no type hints
         super().__init__("Mask")
 
 
-WIDE, MASK = WideType(), MaskType()
+WIDE, SINGLE, MASK = WideType(), SingleType(), MaskType()
 
 
 def _lanes(scalar: Any) -> Any:
@@ -63,6 +73,12 @@ def _lanes(scalar: Any) -> Any:
 class _WideModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no type hints
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _lanes(_DOUBLE))
+
+
+@register_model(SingleType)
+class _SingleModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no type hints
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _lanes(_FLOAT))
 
 
 @register_model(MaskType)
@@ -84,10 +100,11 @@ def _operator(function: Any, kind: Any, instruction: str) -> None:
         return getattr(builder, instruction)(*args)
 
 
-_operator(operator.add, WIDE, "fadd")
-_operator(operator.sub, WIDE, "fsub")
-_operator(operator.mul, WIDE, "fmul")
-_operator(operator.truediv, WIDE, "fdiv")
+for _kind in (WIDE, SINGLE):
+    _operator(operator.add, _kind, "fadd")
+    _operator(operator.sub, _kind, "fsub")
+    _operator(operator.mul, _kind, "fmul")
+    _operator(operator.truediv, _kind, "fdiv")
 _operator(operator.and_, MASK, "and_")
 
 
@@ -132,9 +149,10 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, "llvm.fmuladd.v16f64", _lanes(_DOUBLE), args)
+        kind = args[0].type
+        return _call(builder, f"llvm.fmuladd.{_code(kind.element)}", kind, args)
 
-    return WIDE(WIDE, WIDE, WIDE), lower
+    return a(a, a, a), lower
 
 
 @intrinsic
@@ -168,13 +186,46 @@ def total(typing: Any, values: Any) -> Any:
 
 
 @intrinsic
+def magnitude(typing: Any, values: Any) -> Any:
+    """The absolute value of every lane."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, "llvm.fabs.v16f64", _lanes(_DOUBLE), args)
+
+    return WIDE(WIDE), lower
+
+
+@intrinsic
+def power_of_two(typing: Any, values: Any) -> Any:
+    """The largest power of two not above a positive number; 0 of 0 and infinity of NaN."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _lanes(_I64))
+        return builder.bitcast(builder.and_(bits, _constant(_I64, 0x7FF << 52)), _lanes(_DOUBLE))
+
+    return WIDE(WIDE), lower
+
+
+@intrinsic
+def clip(typing: Any, values: Any, low: Any, high: Any) -> Any:
+    """The nearest number between two others, `high` for NaN."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values, low, high = args
+        values = builder.select(builder.fcmp_ordered("<", values, high), values, high)
+        return builder.select(builder.fcmp_ordered(">", values, low), values, low)
+
+    return WIDE(WIDE, WIDE, WIDE), lower
+
+
+@intrinsic
 def select(typing: Any, mask: Any, chosen: Any, otherwise: Any) -> Any:
     """`chosen` where the mask is true, `otherwise` elsewhere."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.select(*args)
 
-    return WIDE(MASK, WIDE, WIDE), lower
+    return chosen(MASK, chosen, chosen), lower
 
 
 @intrinsic
@@ -182,9 +233,9 @@ def passes_relu(typing: Any, z: Any) -> Any:
     """Where z is above zero or NaN: ReLU must not hide NaN."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fcmp_unordered(">", args[0], _constant(_DOUBLE, 0.0))
+        return builder.fcmp_unordered(">", args[0], ir.Constant(args[0].type, None))
 
-    return MASK(WIDE), lower
+    return MASK(z), lower
 
 
 @intrinsic
@@ -249,8 +300,13 @@ def has_half_instructions() -> bool:
     return not _X86 or "+f16c" in features
 
 
-def _widen(builder: Any, dtype: Any, stored: Any) -> Any:
-    """From what lies in memory to float64; works on scalars and on vectors."""
+def _own(dtype: Any) -> Any:
+    """The arithmetic for what is done to every element of such an array on its own."""
+    return WIDE if dtype == types.float64 else SINGLE
+
+
+def _convert(builder: Any, dtype: Any, stored: Any, kind: Any) -> Any:
+    """From what lies in memory to a `Wide`, a `Single`, or the scalar of either."""
     vector = isinstance(stored.type, ir.VectorType)
 
     def shaped(scalar: Any) -> Any:
@@ -259,21 +315,22 @@ def _widen(builder: Any, dtype: Any, stored: Any) -> Any:
     if dtype == types.float64:
         return stored
     if dtype == types.float32:
-        return builder.fpext(stored, shaped(_DOUBLE))
-    if dtype == types.int16:
-        return builder.fpext(_bfloat16_to_float32(builder, stored, shaped), shaped(_DOUBLE))
-    if has_half_instructions():
+        single = stored
+    elif dtype == types.int16:
+        single = _bfloat16_to_float32(builder, stored, shaped)
+    elif has_half_instructions():
         single = builder.fpext(builder.bitcast(stored, shaped(_HALF)), shaped(_FLOAT))
     else:
         single = _float16_to_float32(builder, stored, shaped)
-    return builder.fpext(single, shaped(_DOUBLE))
+    return single if kind is SINGLE else builder.fpext(single, shaped(_DOUBLE))
 
 
 def _narrow(builder: Any, dtype: Any, values: Any) -> Any:
-    """From float64 to what lies in memory, to the nearest, ties to even."""
+    """From a `Wide` or a `Single` to what lies in memory, to the nearest, ties to even."""
+    double = values.type.element == _DOUBLE
     if dtype == types.float64:
-        return values
-    single = builder.fptrunc(values, _lanes(_FLOAT))
+        return values if double else builder.fpext(values, _lanes(_DOUBLE))
+    single = builder.fptrunc(values, _lanes(_FLOAT)) if double else values
     if dtype == types.float32:
         return single
     if dtype == types.int16:
@@ -359,38 +416,88 @@ def number(typing: Any, array: Any, at: Any) -> Any:
         kind = sig.args[0]
         element = _element(kind)
         pointer = _pointer(context, builder, kind, args[0], args[1], element)
-        return _widen(builder, kind.dtype, builder.load(pointer, align=kind.dtype.bitwidth // 8))
+        return _convert(builder, kind.dtype, builder.load(pointer, align=kind.dtype.bitwidth // 8), WIDE)
 
     return types.float64(array, types.int64), lower
 
 
+def _load(array: Any, kind: Any) -> Any:
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype = sig.args[0].dtype
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _lanes(_element(sig.args[0])))
+        return _convert(builder, dtype, builder.load(pointer, align=dtype.bitwidth // 8), kind)
+
+    return kind(array, types.int64), lower
+
+
+def _load_some(array: Any, kind: Any) -> Any:
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype, element, mask = sig.args[0].dtype, _element(sig.args[0]), args[2]
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _lanes(element))
+        align, zero = ir.Constant(_I32, dtype.bitwidth // 8), ir.Constant(_lanes(element), None)
+        name = f"llvm.masked.load.{_code(element)}.p0"
+        return _convert(builder, dtype, _call(builder, name, _lanes(element), [pointer, align, mask, zero]), kind)
+
+    return kind(array, types.int64, MASK), lower
+
+
 @intrinsic
 def load(typing: Any, array: Any, at: Any) -> Any:
-    """Sixteen neighbours in memory."""
+    """Sixteen neighbours in memory, as a `Wide`."""
+    return _load(array, WIDE)
 
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = sig.args[0]
-        pointer = _pointer(context, builder, kind, args[0], args[1], _lanes(_element(kind)))
-        return _widen(builder, kind.dtype, builder.load(pointer, align=kind.dtype.bitwidth // 8))
 
-    return WIDE(array, types.int64), lower
+@intrinsic
+def load_own(typing: Any, array: Any, at: Any) -> Any:
+    """Sixteen neighbours in memory, in the arithmetic of the array."""
+    return _load(array, _own(array.dtype))
 
 
 @intrinsic
 def load_some(typing: Any, array: Any, at: Any, mask: Any) -> Any:
     """As `load`, but lanes outside the mask are 0 and their memory is not touched."""
+    return _load_some(array, WIDE)
+
+
+@intrinsic
+def load_some_own(typing: Any, array: Any, at: Any, mask: Any) -> Any:
+    """As `load_own`, but lanes outside the mask are 0 and their memory is not touched."""
+    return _load_some(array, _own(array.dtype))
+
+
+@intrinsic
+def own(typing: Any, array: Any, values: Any) -> Any:
+    """A `Wide` rounded to the arithmetic of an array."""
+    kind = _own(array.dtype)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind, (data, at, mask) = sig.args[0], args
-        element = _element(kind)
-        pointer = _pointer(context, builder, kind, data, at, _lanes(element))
-        align = ir.Constant(_I32, kind.dtype.bitwidth // 8)
-        zero = ir.Constant(_lanes(element), None)
-        name = f"llvm.masked.load.{_code(element)}.p0"
-        stored = _call(builder, name, _lanes(element), [pointer, align, mask, zero])
-        return _widen(builder, kind.dtype, stored)
+        return args[1] if kind is WIDE else builder.fptrunc(args[1], _lanes(_FLOAT))
 
-    return WIDE(array, types.int64, MASK), lower
+    return kind(array, WIDE), lower
+
+
+@intrinsic
+def spread(typing: Any, array: Any, at: Any) -> Any:
+    """One element in all lanes, in the arithmetic of the array."""
+    kind = _own(array.dtype)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        dtype = sig.args[0].dtype
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _element(sig.args[0]))
+        one = _convert(builder, dtype, builder.load(pointer, align=dtype.bitwidth // 8), kind)
+        return _splat(builder, one)
+
+    return kind(array, types.int64), lower
+
+
+@intrinsic
+def widen(typing: Any, values: Any) -> Any:
+    """The same numbers as a `Wide`."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return args[0] if sig.args[0] == WIDE else builder.fpext(args[0], _lanes(_DOUBLE))
+
+    return WIDE(values), lower
 
 
 @intrinsic
@@ -403,7 +510,7 @@ def store(typing: Any, array: Any, at: Any, values: Any) -> Any:
         builder.store(_narrow(builder, kind.dtype, values), pointer, align=kind.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.none(array, types.int64, WIDE), lower
+    return types.none(array, types.int64, values), lower
 
 
 @intrinsic
@@ -422,7 +529,20 @@ def stream(typing: Any, array: Any, at: Any, values: Any) -> Any:
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
         return context.get_dummy_value()
 
-    return types.none(array, types.int64, WIDE), lower
+    return types.none(array, types.int64, values), lower
+
+
+@intrinsic
+def prefetch(typing: Any, array: Any, at: Any) -> Any:
+    """Have the line at this offset brought into the second-level cache.  It may lie outside of the array."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _I8)
+        read, second_level, data = (ir.Constant(_I32, number) for number in (0, 2, 1))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64), lower
 
 
 @intrinsic
@@ -438,7 +558,7 @@ def store_some(typing: Any, array: Any, at: Any, values: Any, mask: Any) -> Any:
         _call(builder, f"llvm.masked.store.{_code(element)}.p0", ir.VoidType(), [stored, pointer, align, mask])
         return context.get_dummy_value()
 
-    return types.none(array, types.int64, WIDE, MASK), lower
+    return types.none(array, types.int64, values, MASK), lower
 
 
 @intrinsic

@@ -1,7 +1,7 @@
-"""Helper threads: a few Python threads that wait for kernels to run.
+"""Helper threads: they wait for kernels to run, and run them without Python.
 
 A kernel shares its tasks out by counters in memory (`cubn.machines.cpu.sharing`), so it does not matter how many
-threads run it or when they come: the caller starts at once, helpers join as they wake up, and one that comes
+threads run it or when they come: the caller starts at once, helpers join as they hear of it, and one that comes
 too late finds nothing to do.  The kernel returns when all tasks are done.  Nothing about the result depends
 on who did what, because tasks are cut by shape alone and their results are merged in order.
 
@@ -9,24 +9,32 @@ Numba's own threads are not used.  Two of its three threading layers do not surv
 called from two threads; these can, and a forked child simply starts its own.
 """
 
+import ctypes
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba.np.ufunc import parallel
 
-from cubn.machines.cpu.sharing import counters_length
+from cubn.machines.cpu.compiling import BOARD, compile_for, kernel
+from cubn.machines.cpu.sharing import board_length, serve
 
-Job = list[tuple[Callable[..., Any], tuple[Any, ...]]]
-"""A kernel and its arguments, or nothing once the call is over."""
 
-_jobs: "SimpleQueue[Job]" = SimpleQueue()
-_bell = np.zeros(8, np.int64)
+class Helper(NamedTuple):
+    """One helper thread: what wakes it up, and its number in the system."""
+
+    alarm: threading.Lock
+    thread: int
+
+
+_board = np.zeros(board_length(), np.int64)
+_asleep: deque[Helper] = deque()
 _helpers = 0
 _starting = threading.Lock()
 
@@ -39,44 +47,79 @@ def thread_count() -> int:
 
 
 def run(kernel: Callable[..., Any], arguments: tuple[Any, ...], tasks: int) -> None:
-    """Run a kernel here, and on as many helpers as there are tasks worth one.
-
-    Its last four arguments are added here: what the threads share, how many they are, and whether this is a helper.
-    """
-    team = min(thread_count(), tasks)
-    shared = (np.zeros(counters_length(team), np.int64), _bell, team)
+    """Run a kernel here, and on as many helpers as there are tasks worth one."""
+    team = 1 if tasks == 1 else min(thread_count(), tasks)
     if team > 1:
         if _helpers < team - 1:
             _start(team - 1)
-        job = [(kernel, (*arguments, *shared, True))]
-        for _ in range(team - 1):
-            _jobs.put(job)
-        kernel(*arguments, *shared, False)
-        job.clear()  # a helper that has not come by now must not keep the arrays alive
-    else:
-        kernel(*arguments, *shared, False)
+        if _asleep:
+            _wake(team - 1)
+    kernel(arguments, _board, team)
 
 
 def _start(wanted: int) -> None:
     global _helpers
+    listen = _serve()
     with _starting:
         while _helpers < wanted:
-            threading.Thread(target=_help, args=(_jobs,), name=f"cubn-{_helpers}", daemon=True).start()
+            alarm = threading.Lock()
+            alarm.acquire()
+            name = f"cubn-{_helpers}"
+            thread = threading.Thread(target=_help, args=(listen, _board, _asleep, alarm), name=name, daemon=True)
+            thread.start()
+            _asleep.append(Helper(alarm, thread.native_id or 0))
             _helpers += 1
 
 
-def _help(jobs: "SimpleQueue[Job]") -> None:
+def _help(listen: Callable[..., Any], board: Any, asleep: deque[Helper], alarm: threading.Lock) -> None:
+    me = Helper(alarm, threading.get_native_id())
     while True:
-        for kernel, arguments in tuple(jobs.get()):
-            with suppress(MemoryError):  # before it has taken a task: the others do without
-                kernel(*arguments)
-            del kernel, arguments  # or the arrays of the last call would live until the next
+        alarm.acquire()  # until a caller releases it
+        if _MOVES:
+            with suppress(OSError):
+                os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+        listen(board)
+        asleep.append(me)
+
+
+def _wake(wanted: int) -> None:
+    """Wake up so many helpers, each on another processor than this one, where it would have to wait for us.
+
+    Some kernels put a thread that wakes up on the processor of the one that woke it, and move it milliseconds later.
+    """
+    for _ in range(wanted):
+        try:
+            helper = _asleep.pop()
+        except IndexError:
+            return  # all are awake
+        if _MOVES:
+            with suppress(OSError):
+                os.sched_setaffinity(helper.thread, os.sched_getaffinity(0) - {_processor()})  # fails if it is empty
+        helper.alarm.release()
+
+
+_MOVES = hasattr(os, "sched_setaffinity")
+
+
+@cache
+def _system() -> Any:
+    return ctypes.CDLL(None)
+
+
+def _processor() -> int:
+    """The processor that this thread runs on."""
+    return int(_system().sched_getcpu())
+
+
+@cache
+def _serve() -> Any:
+    return compile_for(kernel(serve), BOARD)
 
 
 def _forget() -> None:
-    """In a forked child the helpers are gone, and the queue may have been left in any state."""
-    global _jobs, _helpers, _starting
-    _jobs, _helpers, _starting = SimpleQueue(), 0, threading.Lock()
+    """In a forked child the helpers are gone, and the board may have been left in any state."""
+    global _board, _asleep, _helpers, _starting
+    _board, _asleep, _helpers, _starting = np.zeros_like(_board), deque(), 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
