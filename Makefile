@@ -21,7 +21,7 @@ demo: $(SETUP)/demo
 	$(BIN)/python -m cubn demo
 
 test: $(SETUP)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(SETUP)/dev
 	$(BIN)/ruff format --check .

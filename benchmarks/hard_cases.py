@@ -12,6 +12,7 @@ rounding any more.
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras asks for TensorFlow if nobody chooses
 
 RESULTS = Path(__file__).parent / "results" / "hard-cases.json"
 README = Path(__file__).parents[1] / "README.md"

@@ -16,10 +16,11 @@ last place.
 
 What is done to every element on its own may be rounder than the sums: w >= u is the unit roundoff of that, by
 default that of `ELEMENTS`.  Then x - mean is taken from two numbers of that width, mean = high + low, where |low| <=
-w |mean| is known to w, and each of the two subtractions rounds:
+w |mean| is known to w, and each of the two subtractions rounds, the second perhaps within the constant term of y:
 
     error of x - mean       e_w <= e + 2 w |x - mean| + 2 w^2 |mean|
 
+The constant term, what is added to it and y itself round to w: 3 w |y|.
 """
 
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def batch_norm(
 
     scale = channel(gamma, 1) * rstd
     z = distance * scale + channel(beta, 0)
-    e_z = np.abs(scale) * e_element + np.abs(distance * scale) * (e_rstd + 3 * w) + 2 * w * np.abs(z)
+    e_z = np.abs(scale) * e_element + np.abs(distance * scale) * (e_rstd + 3 * w) + 3 * w * np.abs(z)
     if residual is not None:
         z = z + np.where(admitted, residual, 0).astype(EXTENDED)
         e_z = e_z + 2 * w * np.abs(z)

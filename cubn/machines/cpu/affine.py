@@ -3,14 +3,17 @@
     y = gamma * rstd * (x - mean) + beta
 
 In float32 the mean of x would lose the digits that x - mean is made of, and numbers like 1e30 or 1e-30 leave the
-range on the way.  So the mean is split into two floats, high + low, and distances are taken in a unit near the
-standard deviation, a power of two, which costs nothing in a fused multiply-add and rounds nothing:
+range on the way.  So distances are taken from `high`, the float nearest to the mean, and what is left of the mean goes
+into the constant terms; and in a unit near the standard deviation, a power of two, which costs nothing in a fused
+multiply-add and rounds nothing:
 
-    d = fma(x, unit, -high * unit) - low * unit        that is (x - mean) * unit, about xhat
-    y = fma(d, gamma * rstd / unit, beta)
+    d = fma(x, unit, -high * unit)                     that is (x - high) * unit, about xhat
+    y = fma(d, factor, fma(d, fine, offset))           with factor + fine = gamma * rstd / unit
 
-Where x is near the mean its distance from `high` is exact, and elsewhere its rounding is relative to the distance.
-A channel of equal samples has d = 0 and gives beta.  The gradient of x takes the same distances:
+The factor is two floats as well: alone it would be wrong by half a digit of every y.  So y has the rounding of d, its
+own, and two of `offset`, which is beta + gamma * rstd * (high - mean).  Where x is near the mean d is exact, and
+elsewhere its rounding is relative to the distance.  In a channel of equal samples they, `high` and the mean are one
+number, so d = 0 and y is beta.  The gradient of x takes the same distances:
 
     dx = gamma * rstd * (dz - mean(dz) - xhat * mean(dz * xhat)) = a * unit * (dz + level + d * tilt)
 
@@ -39,12 +42,15 @@ from cubn.machines.cpu.simd import (
     widen,
 )
 
-UNIT, CENTER, REST, FACTOR, OFFSET, LEVEL, TILT = range(7)
-"""unit (which comes first), -high * unit, -low * unit, gamma * rstd / unit, beta; -mean(dz),
--rstd * mean(dz * xhat) / unit."""
+UNIT, CENTER, FACTOR, FINE, OFFSET, LEVEL, TILT = range(7)
+"""unit (which comes first), -high * unit, gamma * rstd / unit in two floats, beta + gamma * rstd * (high - mean);
+-mean(dz) - rstd * mean(dz * xhat) * (high - mean), -rstd * mean(dz * xhat) / unit."""
 
 AFFINE_TERMS, GRADIENT_TERMS = 5, 7
 """Rows of a table for the result, and for the gradient."""
+
+HUGE = 3.402823466e38
+"""The largest float32, which a factor of no distance may exceed: 0 times it is to be 0."""
 
 SMALLEST, LARGEST = 2.0**-126, 2.0**126
 """Bounds of a unit, and of a mean in this unit, so that float32 holds both."""
@@ -57,9 +63,15 @@ def padded(columns):
 
 
 @njit
-def distance(values, unit, center, rest):
-    """(values - mean) * unit."""
-    return fma(values, unit, center) + rest
+def distance(values, unit, center):
+    """(values - high) * unit."""
+    return fma(values, unit, center)
+
+
+@njit
+def scaled(d, factor, fine, offset):
+    """y of a distance."""
+    return fma(d, factor, fma(d, fine, offset))
 
 
 @njit
@@ -83,9 +95,11 @@ def load_affine(tables, c0, c1, mean, rstd, gamma, beta, has_gamma, has_beta):
         shift = load_some(beta, c * beta.itemsize, inside) if has_beta else splat(0.0)
         store(tables[UNIT], here, unit)
         store(tables[CENTER], here, splat(0.0) - high * unit)
-        store(tables[REST], here, (high - middle) * unit)
-        store(tables[FACTOR], here, scale / unit)
-        store(tables[OFFSET], here, shift)
+        factor = clip(scale / unit, splat(-HUGE), splat(HUGE))
+        rough = own(tables, factor)
+        store(tables[FACTOR], here, rough)
+        store(tables[FINE], here, factor - widen(rough))
+        store(tables[OFFSET], here, shift + scale * (high - middle))
 
 
 @njit
@@ -101,6 +115,8 @@ def load_slopes(tables, c0, c1, mean, rstd, sum_dy, sum_dy_xhat, count, has_coun
             n = clip(load_some(count, c * 8, inside), one, splat(inf)) if has_counts else splat(samples)
             middle, scale = load_some(mean, c * 8, inside), load_some(rstd, c * 8, inside)
             level = zero - load_some(sum_dy, c * 8, inside) / n
-            tilt = (zero - scale * (load_some(sum_dy_xhat, c * 8, inside) / n)) / _unit(middle, scale)
+            slope = zero - scale * (load_some(sum_dy_xhat, c * 8, inside) / n)
+            level = level + slope * (widen(own(tables, middle)) - middle)
+            tilt = slope / _unit(middle, scale)
         store(tables[LEVEL], here, level)
         store(tables[TILT], here, tilt)

@@ -26,15 +26,16 @@ from cubn.machines.cpu.affine import (
     AFFINE_TERMS,
     CENTER,
     FACTOR,
+    FINE,
     GRADIENT_TERMS,
     LEVEL,
     OFFSET,
-    REST,
     TILT,
     distance,
     load_affine,
     load_slopes,
     padded,
+    scaled,
 )
 from cubn.machines.cpu.compiling import kernel
 from cubn.machines.cpu.planes import head_length, times, unite
@@ -307,16 +308,13 @@ def _normalize_rows(
     while j < j1:
         n = head if j == j0 and head else min(LANES, j1 - j)
         here = (j - start) * terms.itemsize
-        unit, center, rest = (
-            load_own(terms, here),
-            load_own(terms, here + CENTER * each),
-            load_own(terms, here + REST * each),
-        )
-        factor, offset = load_own(terms, here + FACTOR * each), load_own(terms, here + OFFSET * each)
+        unit, center = load_own(terms, here), load_own(terms, here + CENTER * each)
+        factor, fine = load_own(terms, here + FACTOR * each), load_own(terms, here + FINE * each)
+        offset = load_own(terms, here + OFFSET * each)
         at, to, add = r0 * pitch + j * size, r0 * pitch_y + j * size, r0 * pitch_r + j * size
         if n == LANES and not has_where:
             for r in range(r0, r1):
-                z = fma(distance(load_own(x, at), unit, center, rest), factor, offset)
+                z = scaled(distance(load_own(x, at), unit, center), factor, fine, offset)
                 if has_residual:
                     z = z + load_own(residual, add)
                 if relu:
@@ -334,7 +332,7 @@ def _normalize_rows(
         else:
             inside = first(n)
             for r in range(r0, r1):
-                z = fma(distance(load_some_own(x, at, inside), unit, center, rest), factor, offset)
+                z = scaled(distance(load_some_own(x, at, inside), unit, center), factor, fine, offset)
                 if has_residual:
                     z = z + load_some_own(residual, add, inside)
                 if relu:
@@ -486,7 +484,7 @@ def _add_gradient_rows(
         whole = j + LANES <= j1 and not has_where
         middle, s, q = load(tables[0], here), load(tables[1], here), load(tables[2], here)
         unit, center = load_own(terms, of_terms), load_own(terms, of_terms + CENTER * each)
-        rest, factor = load_own(terms, of_terms + REST * each), load_own(terms, of_terms + FACTOR * each)
+        factor, fine = load_own(terms, of_terms + FACTOR * each), load_own(terms, of_terms + FINE * each)
         offset = load_own(terms, of_terms + OFFSET * each)
         at, of = r0 * pitch + j * size, r0 * pitch_d + j * size
         for r in range(r0, r1):
@@ -506,7 +504,7 @@ def _add_gradient_rows(
                 if has_active:
                     dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
                 else:
-                    dz = select(passes_relu(fma(distance(value, unit, center, rest), factor, offset)), dz, zero)
+                    dz = select(passes_relu(scaled(distance(value, unit, center), factor, fine, offset)), dz, zero)
             s = s + dz
             q = fma(dz, d, q)
             at += pitch
@@ -586,24 +584,21 @@ def _gradient_rows(
     while j < j1:
         n = head if j == j0 and head else min(LANES, j1 - j)
         here = (j - start) * terms.itemsize
-        unit, center, rest = (
-            load_own(terms, here),
-            load_own(terms, here + CENTER * each),
-            load_own(terms, here + REST * each),
-        )
-        factor, offset = load_own(terms, here + FACTOR * each), load_own(terms, here + OFFSET * each)
+        unit, center = load_own(terms, here), load_own(terms, here + CENTER * each)
+        factor, fine = load_own(terms, here + FACTOR * each), load_own(terms, here + FINE * each)
+        offset = load_own(terms, here + OFFSET * each)
         level, tilt = load_own(terms, here + LEVEL * each), load_own(terms, here + TILT * each)
         at, of = r0 * pitch + j * size, r0 * pitch_d + j * size
         to, also = r0 * pitch_to + j * size, r0 * pitch_also + j * size
         if n == LANES and not has_where:
             for r in range(r0, r1):
                 dz = load_own(dy, of)
-                d = distance(load_own(x, at), unit, center, rest)
+                d = distance(load_own(x, at), unit, center)
                 if relu:
                     if has_active:
                         dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
                     else:
-                        dz = select(passes_relu(fma(d, factor, offset)), dz, zero)
+                        dz = select(passes_relu(scaled(d, factor, fine, offset)), dz, zero)
                 result = fma(d, tilt, dz + level) * factor * unit
                 if give_dresidual:
                     store(dresidual, also, dz)
@@ -623,12 +618,12 @@ def _gradient_rows(
                     bit = r * where.strides[0] + j * where.strides[1]
                     mask = load_mask(where, bit, where.strides[1], inside)
                 dz = load_some_own(dy, of, mask)
-                d = distance(load_some_own(x, at, mask), unit, center, rest)
+                d = distance(load_some_own(x, at, mask), unit, center)
                 if relu:
                     if has_active:
                         dz = select(unpack(active, 2 * (r * words + j // LANES)), dz, zero)
                     else:
-                        dz = select(passes_relu(fma(d, factor, offset)), dz, zero)
+                        dz = select(passes_relu(scaled(d, factor, fine, offset)), dz, zero)
                 result = fma(d, tilt, dz + level) * factor * unit
                 if give_dresidual:
                     store_some(dresidual, also, dz, inside)

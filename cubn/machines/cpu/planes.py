@@ -22,15 +22,16 @@ from cubn.machines.cpu.affine import (
     AFFINE_TERMS,
     CENTER,
     FACTOR,
+    FINE,
     GRADIENT_TERMS,
     LEVEL,
     OFFSET,
-    REST,
     TILT,
     distance,
     load_affine,
     load_slopes,
     padded,
+    scaled,
 )
 from cubn.machines.cpu.compiling import kernel
 from cubn.machines.cpu.sharing import (
@@ -218,19 +219,19 @@ def _terms(terms, k):
     """The terms of a distance and of y for one channel of a table."""
     at, each = k * terms.itemsize, terms.strides[0]
     return (
-        spread(terms, at), spread(terms, at + CENTER * each), spread(terms, at + REST * each),
-        spread(terms, at + FACTOR * each), spread(terms, at + OFFSET * each),
+        spread(terms, at), spread(terms, at + CENTER * each),
+        spread(terms, at + FACTOR * each), spread(terms, at + FINE * each), spread(terms, at + OFFSET * each),
     )  # fmt: skip
 
 
 @njit
 def _terms_of_two(mask, terms, k):
     """The terms of channel k where the mask is true, those of the next one elsewhere."""
-    u, c, r, f, b = _terms(terms, k)
-    unit, center, rest, factor, offset = _terms(terms, k + 1)
+    u, c, f, e, b = _terms(terms, k)
+    unit, center, factor, fine, offset = _terms(terms, k + 1)
     return (
-        select(mask, u, unit), select(mask, c, center), select(mask, r, rest),
-        select(mask, f, factor), select(mask, b, offset),
+        select(mask, u, unit), select(mask, c, center),
+        select(mask, f, factor), select(mask, e, fine), select(mask, b, offset),
     )  # fmt: skip
 
 
@@ -264,13 +265,13 @@ def _normalize_rows(
             if keep and head:
                 head, streams = 0, False  # the bits are in steps of sixteen elements from the row's start
             k, end = c - c0, i1 - i0  # the channel in the table, and where it ends
-            unit, center, rest, factor, offset = _terms(terms, k)
+            unit, center, factor, fine, offset = _terms(terms, k)
             i = 0
             while i < length:
                 if i >= head and not has_where:
                     while i + LANES <= end:
                         prefetch(x, at + ahead)
-                        z = fma(distance(load_own(x, at), unit, center, rest), factor, offset)
+                        z = scaled(distance(load_own(x, at), unit, center), factor, fine, offset)
                         if has_residual:
                             z = z + load_own(residual, add)
                         if relu:
@@ -292,8 +293,8 @@ def _normalize_rows(
                     inside = first(n)
                     prefetch(x, at + ahead)
                     if i + n > end:
-                        unit, center, rest, factor, offset = _terms_of_two(first(end - i), terms, k)
-                    z = fma(distance(load_some_own(x, at, inside), unit, center, rest), factor, offset)
+                        unit, center, factor, fine, offset = _terms_of_two(first(end - i), terms, k)
+                    z = scaled(distance(load_some_own(x, at, inside), unit, center), factor, fine, offset)
                     if has_residual:
                         z = z + load_some_own(residual, add, inside)
                     if relu:
@@ -315,7 +316,7 @@ def _normalize_rows(
                     add += n * size
                     if i >= end and i < length:
                         k, end = k + 1, end + (i1 - i0)
-                        unit, center, rest, factor, offset = _terms(terms, k)
+                        unit, center, factor, fine, offset = _terms(terms, k)
 
 
 @njit
@@ -419,7 +420,7 @@ def _piece_sums(dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0
     words = (x.shape[2] + LANES - 1) // LANES
     zero = splat(0.0)
     middle = splat(mean)
-    unit, center, rest, factor, offset = _terms(terms, k)
+    unit, center, factor, fine, offset = _terms(terms, k)
     s, q = zero, zero
     for o in range(o0, o1):
         at, to = _start(x, o, c, i0), _start(dy, o, c, i0)
@@ -435,7 +436,7 @@ def _piece_sums(dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0
                         if has_active:
                             lets = unpack(active, bits)
                         else:
-                            lets = passes_relu(fma(distance(v, unit, center, rest), factor, offset))
+                            lets = passes_relu(scaled(distance(v, unit, center), factor, fine, offset))
                         dz = select(lets, dz, zero)
                         bits += 2
                     s = s + dz
@@ -455,7 +456,7 @@ def _piece_sums(dy, x, where, active, has_where, relu, has_active, c, o0, o1, i0
                     if has_active:
                         lets = unpack(active, bits)
                     else:
-                        lets = passes_relu(fma(distance(v, unit, center, rest), factor, offset))
+                        lets = passes_relu(scaled(distance(v, unit, center), factor, fine, offset))
                     dz = select(lets, dz, zero)
                     bits += 2
                 s = s + dz
@@ -500,7 +501,7 @@ def _gradient_rows(
             if has_active and head:
                 head, streams = 0, False
             k, end = c - c0, i1 - i0
-            unit, center, rest, factor, offset = _terms(terms, k)
+            unit, center, factor, fine, offset = _terms(terms, k)
             level, tilt = _slopes(terms, k)
             i = 0
             while i < length:
@@ -509,9 +510,9 @@ def _gradient_rows(
                         prefetch(x, at + ahead)
                         prefetch(dy, of + ahead_dy)
                         dz = load_own(dy, of)
-                        d = distance(load_own(x, at), unit, center, rest)
+                        d = distance(load_own(x, at), unit, center)
                         if relu:
-                            lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
+                            lets = unpack(active, bits) if has_active else passes_relu(scaled(d, factor, fine, offset))
                             dz = select(lets, dz, zero)
                             bits += 2
                         result = fma(d, tilt, dz + level) * factor * unit
@@ -537,13 +538,13 @@ def _gradient_rows(
                         admitted = load_mask(where, start, where.strides[2], inside)
                     if i + n > end:
                         here = first(end - i)
-                        unit, center, rest, factor, offset = _terms_of_two(here, terms, k)
+                        unit, center, factor, fine, offset = _terms_of_two(here, terms, k)
                         next_level, next_tilt = _slopes(terms, k + 1)
                         level, tilt = select(here, level, next_level), select(here, tilt, next_tilt)
                     dz = load_some_own(dy, of, admitted)
-                    d = distance(load_some_own(x, at, admitted), unit, center, rest)
+                    d = distance(load_some_own(x, at, admitted), unit, center)
                     if relu:
-                        lets = unpack(active, bits) if has_active else passes_relu(fma(d, factor, offset))
+                        lets = unpack(active, bits) if has_active else passes_relu(scaled(d, factor, fine, offset))
                         dz = select(lets, dz, zero)
                         bits += 2
                     result = select(admitted, fma(d, tilt, dz + level) * factor * unit, zero)
@@ -560,7 +561,7 @@ def _gradient_rows(
                     to += n * size
                     if i >= end and i < length:
                         k, end = k + 1, end + (i1 - i0)
-                        unit, center, rest, factor, offset = _terms(terms, k)
+                        unit, center, factor, fine, offset = _terms(terms, k)
                         level, tilt = _slopes(terms, k)
 
 
