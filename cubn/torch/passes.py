@@ -279,12 +279,7 @@ def _per_channel(call: Call, name: str, values: Tensor | None) -> Array | None:
 def _constants(call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
     """Running mean and reciprocal standard deviation, wide."""
     xp, wide = call.library.xp, widest_float(call.library)
-    mean, var = xp.astype(mean, wide), xp.astype(var, wide)
-    if call.library.is_numpy:
-        total = var + call.problem.eps
-        if total.all():
-            return mean, total**-0.5  # as `reciprocal_std`, without its guard: one layer in evaluation has little else
-    return mean, reciprocal_std(var, call.problem.eps)
+    return xp.astype(mean, wide), reciprocal_std(xp.astype(var, wide), call.problem.eps)
 
 
 def _destination(call: Call, result: Tensor, x: Tensor) -> tuple[Array, Array | None]:
