@@ -9,8 +9,8 @@ Where float32 x (16-bit x too: it is computed in float32) can be summed: squares
 must stay in float32's range, so distances between 1e-18 and 1e18.  Numbers below 1.2e-38 count as zero, but in
 a constant channel.  float64 x has the range of float64.
 
-The kernels have been executed on the CPU, thread for thread, in the tests, and this file has been run with CuPy 13.6
-and 14.2 over a stand-in for the driver; neither has yet run on a GPU.
+In the tests the kernels are executed on the CPU, thread for thread, and this file runs on a stand-in for CuPy; neither
+has yet run on a GPU.
 """
 
 import ctypes
