@@ -17,15 +17,16 @@ struct Affine {
     __device__ ACC_T operator()(ACC_T x) const { return fma(x - mean, scale, shift); }
 };
 
+// What a mean loses when it is rounded to ACC_T.  Below float's normal numbers x counts as zero, and so must the mean,
+// or a constant would leave a trace.
+__device__ inline double lost_by(double mean)
+{
+    return sizeof(ACC_T) == 4 && fabs(mean) < 0x1p-126 ? 0 : mean - ACC_T(mean);
+}
+
 __device__ inline Affine affine(double mean, double scale, double shift)
 {
-    Affine map;
-    map.mean = ACC_T(mean);
-    map.scale = narrow(scale);
-    // Below float's normal numbers x counts as zero, and so must the mean, or a constant would leave a trace.
-    const double lost = sizeof(ACC_T) == 4 && fabs(mean) < 0x1p-126 ? 0 : mean - map.mean;
-    map.shift = narrow(shift - lost * scale);
-    return map;
+    return {ACC_T(mean), narrow(scale), narrow(shift - lost_by(mean) * scale)};
 }
 
 // z before the residual and the activation.  gamma and beta may be null: 1 and 0.
@@ -38,12 +39,6 @@ __device__ inline Affine normalizing(index_t channel, const double *mean, const 
                                      const ACC_T *beta)
 {
     return normalizing(channel, mean[channel], rstd[channel], gamma, beta);
-}
-
-// xhat = (x - mean) * rstd.
-__device__ inline Affine standardizing(index_t channel, const double *mean, const double *rstd)
-{
-    return affine(mean[channel], rstd[channel], 0);
 }
 
 // NaN passes, because what comes of it must show.

@@ -27,66 +27,6 @@
 #include "sums.cuh"
 #include "team.cuh"
 
-constexpr bool GATE = RELU && !KEPT;                                    // computed again from x
-constexpr int OF_A_LANE = COLUMN ? 1 : VEC;                             // terms of a window in one lane
-constexpr int AT_A_TIME = OF_A_LANE < 32 ? 32 / OF_A_LANE : 1;          // windows that are summed in ACC_T
-
-// What a thread needs of each of its channels before the sums are known.
-struct Maps {
-    Affine hat[LANES] = {}, gate[LANES] = {};
-
-    __device__ Maps(const Tiles &tiles, const Walk &walk, const double *mean, const double *rstd, const ACC_T *gamma,
-                    const ACC_T *beta)
-    {
-        Channels channel(tiles, walk);
-        for (int l = 0; walk.steps > 0 && l < LANES; ++l) {
-            const index_t c = channel.next(tiles);
-            hat[l] = standardizing(c, mean, rstd);
-            if (GATE) gate[l] = normalizing(c, mean, rstd, gamma, beta);
-        }
-    }
-};
-
-__device__ inline void settle(Terms (&lanes)[LANES])
-{
-#pragma unroll
-    for (int l = 0; l < LANES; ++l) lanes[l].settle();
-}
-
-// Makes dz of dy, element by element.
-template <int N>
-__device__ void open(const Maps &maps, const Chunk<N> &chunk, Slopes<N> &slopes)
-{
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-        const bool exists = u < chunk.count;
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-            const bool counts = !WHERE || chunk.admitted[u] >> i & 1;
-            const bool passed = !RELU || (KEPT ? slopes.passed[u] >> i & 1
-                                               : passes(maps.gate[COLUMN ? i : 0](to_acc(chunk.x[u].at[i]))));
-            if (exists && !(counts && passed)) slopes.dy[u].at[i] = X_T(0);
-        }
-    }
-}
-
-template <int N>
-__device__ void add(Terms (&lanes)[LANES], const Maps &maps, const Chunk<N> &chunk, const Slopes<N> &slopes)
-{
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-        if (u < chunk.count) {
-#pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                const int l = COLUMN ? i : 0;
-                if (!ALL && !(chunk.admitted[u] >> i & 1)) continue;
-                lanes[l].take(to_acc(slopes.dy[u].at[i]), maps.hat[l](to_acc(chunk.x[u].at[i])));
-            }
-        }
-        if ((u + 1) % AT_A_TIME == 0) settle(lanes);
-    }
-}
-
 extern "C" __global__ void CLUSTERED __launch_bounds__(BLOCK, 2)
 backward(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const unsigned char *where,
          const unsigned char *active, const double *mean, const double *rstd, const ACC_T *gamma, const ACC_T *beta,
@@ -103,82 +43,78 @@ backward(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const
     Team team(tiles, barriers);
 
     for (int group = team.number; group < tiles.groups; group += team.count) {
-        Walk walk(tiles, group, team.rank);
-        const Places places(walk, room);
+        Walk<FORTH> walk(tiles, group, team.rank, x, x_stride);
+        Source values(x, x_stride, tiles, walk), slopes(dy, dy_stride, tiles, walk);
+        Index index = dense_index(tiles, walk);
+        const Places places(walk.steps, room);
         Terms terms[LANES] = {};
         Chunk<HELD> held = {};
-        Slopes<HELD> held_slopes = {};
-
-        // Everything that tells of a window, from global memory.
-        const auto take_up = [&](const Window &w, Vector &values, unsigned &counted, Vector &slopes, unsigned &kept) {
-            values = load(x, x_stride, w);
-            slopes = load(dy, dy_stride, w);
-            counted = admitted(where, tiles, w);
-            if (KEPT) kept = passed(active, tiles, w);
-        };
 
         for (int k = 0; k < places.kept; ++k) {
-            const Window w = walk.next(tiles, x, x_stride);
-            shelf.fetch(k, 0, x, x_stride, w);
-            shelf.fetch(k, 1, dy, dy_stride, w);
-            if (!ALL) shelf.mark(k, 0) = admitted(where, tiles, w);
-            if (KEPT) shelf.mark(k, ALL ? 0 : 1) = passed(active, tiles, w);
+            const Window w = walk.here();
+            shelf.fetch(k, 0, values.at, w);
+            shelf.fetch(k, 1, slopes.at, w);
+            if (!ALL) shelf.mark(k, 0) = admitted(where, index.at, w);
+            if (KEPT) shelf.mark(k, ALL ? 0 : 1) = passed(active, index.at, w);
+            walk.next(values, slopes, index);
         }
-        {
-            const Maps maps(tiles, walk, mean, rstd, gamma, beta);
-            for (int left = places.streamed, turn = 0; left > 0; left -= UNROLL) {
-                Chunk<UNROLL> chunk = {};
-                Slopes<UNROLL> slopes = {};
-                chunk.count = min(UNROLL, left);
+        // Everything that tells of a window, from global memory.
+        const auto read = [&](auto &chunk, int u, const Window &w, const Source &values, const Source &slopes,
+                              const Index &index) {
+            chunk.x[u] = load(values.at, w);
+            chunk.other[u] = load(slopes.at, w);
+            chunk.admitted[u] = admitted(where, index.at, w);
+            if (KEPT) chunk.open[u] = passed(active, index.at, w);
+        };
+        const auto read_on = [&](auto &chunk, int count) {
 #pragma unroll
-                for (int u = 0; u < UNROLL; ++u)
-                    if (u < chunk.count)
-                        take_up(walk.next(tiles, x, x_stride), chunk.x[u], chunk.admitted[u], slopes.dy[u],
-                                slopes.passed[u]);
-                open(maps, chunk, slopes);
-                add(terms, maps, chunk, slopes);
-                if ((turn += UNROLL) % AT_A_TIME == 0) settle(terms);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                if (u >= count) continue;
+                read(chunk, u, walk.here(), values, slopes, index);
+                walk.next(values, slopes, index);
             }
+        };
+        {
+            const Maps maps(tiles, group, walk.steps, mean, rstd, gamma, beta);
+            in_chunks(places.streamed, [&](int first, auto &chunk) {
+                read_on(chunk, chunk.WINDOWS);
+                open(maps, chunk, chunk.WINDOWS);
+                take_in(terms, maps, chunk, first);
+            });
             settle(terms);
 
-            held.count = places.held;
-#pragma unroll
-            for (int u = 0; u < HELD; ++u)
-                if (u < held.count)
-                    take_up(walk.next(tiles, x, x_stride), held.x[u], held.admitted[u], held_slopes.dy[u],
-                            held_slopes.passed[u]);
-            open(maps, held, held_slopes);
-            add(terms, maps, held, held_slopes);
+            read_on(held, places.held);
+            open(maps, held, places.held);
+            add(terms, maps, held, places.held);
             settle(terms);
             forget(held.x);
-            forget(held_slopes.dy);
+            forget(held.other);
 
             shelf.arrived();
-            for (int k = 0, turn = 0; k < places.kept; k += UNROLL) {
-                Chunk<UNROLL> chunk = {};
-                Slopes<UNROLL> slopes = {};
-                chunk.count = min(UNROLL, places.kept - k);
+            in_chunks(places.kept, [&](int first, auto &chunk) {
 #pragma unroll
-                for (int u = 0; u < UNROLL; ++u) {
-                    if (u >= chunk.count) continue;
-                    chunk.x[u] = shelf.at(k + u, 0);
-                    slopes.dy[u] = shelf.at(k + u, 1);
-                    if (!ALL) chunk.admitted[u] = shelf.mark(k + u, 0);
-                    if (KEPT) slopes.passed[u] = shelf.mark(k + u, ALL ? 0 : 1);
+                for (int u = 0; u < chunk.WINDOWS; ++u) {
+                    chunk.x[u] = shelf.at(first + u, 0);
+                    chunk.other[u] = shelf.at(first + u, 1);
+                    if (!ALL) chunk.admitted[u] = shelf.mark(first + u, 0);
+                    if (KEPT) chunk.open[u] = shelf.mark(first + u, ALL ? 0 : 1);
                 }
-                open(maps, chunk, slopes);
-                add(terms, maps, chunk, slopes);
-                if ((turn += UNROLL) % AT_A_TIME == 0) settle(terms);
+                open(maps, chunk, chunk.WINDOWS);
+                take_in(terms, maps, chunk, first);
 #pragma unroll
-                for (int u = 0; u < UNROLL; ++u)
-                    if ((RELU || WHERE) && u < chunk.count) shelf.at(k + u, 1) = slopes.dy[u];
-            }
+                for (int u = 0; u < chunk.WINDOWS; ++u)
+                    if (RELU || WHERE) shelf.at(first + u, 1) = chunk.other[u];
+            });
             settle(terms);
         }
 
         Sums own[LANES];
+        Channels channel(tiles, group);
 #pragma unroll
-        for (int l = 0; l < LANES; ++l) own[l] = terms[l].settled;
+        for (int l = 0; l < LANES; ++l) {
+            const index_t c = walk.steps > 0 ? channel.next(tiles) : 0;
+            own[l] = terms[l].sums(mean[c], rstd[c]);
+        }
         const index_t first = board.first(tiles, group);
         consult(tiles, team, group, own, scratch, board.sets, partials, [&](int i, const Sums &all) {
             const index_t c = first + i;
@@ -190,73 +126,53 @@ backward(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const
         });
 
         Pull pulls[LANES] = {};
-        Channels channel(tiles, walk);
-        for (int l = 0; walk.steps > 0 && l < LANES; ++l) pulls[l] = board.maps[channel.next(tiles) - first];
+        Channels again(tiles, group);
+        for (int l = 0; walk.steps > 0 && l < LANES; ++l) pulls[l] = board.maps[again.next(tiles) - first];
 
-        // Back from the last window to the first; dy is dz by now.
-        const auto give_out = [&](const Window (&window)[UNROLL], Chunk<UNROLL> &chunk, const Slopes<UNROLL> &slopes) {
+        // Back from the last window to the first; refill() gets window u of a chunk, with dz, from where it is.
+        Walk<BACK> back(tiles, group, team.rank, x, x_stride);
+        Source values_back(x, x_stride, tiles, back), slopes_back(dy, dy_stride, tiles, back);
+        Target to(dx, dx_stride, tiles, back), split(dresidual, dresidual_stride, tiles, back);
+        Index index_back = dense_index(tiles, back);
+        const auto go_back = [&](auto &chunk, auto exists, auto refill) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (!window[u].any()) continue;
-#pragma unroll
-                for (int i = 0; i < VEC; ++i) {
-                    const bool counts = !WHERE || chunk.admitted[u] >> i & 1;
-                    const ACC_T v = pulls[COLUMN ? i : 0](to_acc(slopes.dy[u].at[i]), to_acc(chunk.x[u].at[i]));
-                    chunk.x[u].at[i] = from_acc(counts ? v : ACC_T(0));
-                }
-                store(dx, dx_stride, window[u], chunk.x[u]);
-                if (SPLIT) store(dresidual, dresidual_stride, window[u], slopes.dy[u]);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                if (!exists(u)) continue;
+                chunk.window[u] = back.here();
+                refill(chunk, u);
+                chunk.move[u] = back.next(values_back, slopes_back, index_back);
             }
         };
 #pragma unroll
-        for (int base = HELD - UNROLL; base >= 0; base -= UNROLL) {
-            Window window[UNROLL];
-            Chunk<UNROLL> chunk = {};
-            Slopes<UNROLL> slopes = {};
-#pragma unroll
-            for (int u = UNROLL - 1; u >= 0; --u) {
-                window[u] = Window{};
-                if (base + u >= places.held) continue;
-                window[u] = walk.back(tiles, x, x_stride);
-                chunk.x[u] = held.x[base + u];
-                chunk.admitted[u] = held.admitted[base + u];
-                slopes.dy[u] = held_slopes.dy[base + u];
-            }
-            give_out(window, chunk, slopes);
+        for (int end = HELD; end > 0; end -= UNROLL) {
+            Chunk<UNROLL> chunk;
+            const auto exists = [&](int u) { return end - 1 - u < places.held; };
+            go_back(chunk, exists, [&](auto &chunk, int u) {
+                chunk.x[u] = held.x[end - 1 - u];
+                chunk.other[u] = held.other[end - 1 - u];
+                chunk.admitted[u] = held.admitted[end - 1 - u];
+            });
+            give_out(pulls, chunk, exists, to, split);
         }
         if (places.streamed > 0) {
-            const Maps maps(tiles, walk, mean, rstd, gamma, beta);
-            for (int left = places.streamed; left > 0; left -= UNROLL) {
-                Window window[UNROLL];
-                Chunk<UNROLL> chunk = {};
-                Slopes<UNROLL> slopes = {};
-                chunk.count = min(UNROLL, left);
-#pragma unroll
-                for (int u = 0; u < UNROLL; ++u) {
-                    window[u] = Window{};
-                    if (u >= left) continue;
-                    window[u] = walk.back(tiles, x, x_stride);
-                    take_up(window[u], chunk.x[u], chunk.admitted[u], slopes.dy[u], slopes.passed[u]);
-                }
-                open(maps, chunk, slopes);
-                give_out(window, chunk, slopes);
-            }
+            const Maps maps(tiles, group, walk.steps, mean, rstd, gamma, beta);
+            in_chunks(places.streamed, [&](int, auto &chunk) {
+                go_back(chunk, always, [&](auto &chunk, int u) {
+                    read(chunk, u, chunk.window[u], values_back, slopes_back, index_back);
+                });
+                open(maps, chunk, chunk.WINDOWS);
+                give_out(pulls, chunk, always, to, split);
+            });
         }
-        for (int k = places.kept; k > 0; k -= UNROLL) {
-            Window window[UNROLL];
-            Chunk<UNROLL> chunk = {};
-            Slopes<UNROLL> slopes = {};
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                window[u] = Window{};
-                if (u >= k) continue;
-                window[u] = walk.back(tiles, x, x_stride);
-                chunk.x[u] = shelf.at(k - 1 - u, 0);
-                slopes.dy[u] = shelf.at(k - 1 - u, 1);
-                if (!ALL) chunk.admitted[u] = shelf.mark(k - 1 - u, 0);
-            }
-            give_out(window, chunk, slopes);
-        }
+        in_chunks(places.kept, [&](int first, auto &chunk) {
+            go_back(chunk, always, [&](auto &chunk, int u) {
+                const int k = places.kept - 1 - first - u;
+                chunk.x[u] = shelf.at(k, 0);
+                chunk.other[u] = shelf.at(k, 1);
+                if (!ALL) chunk.admitted[u] = shelf.mark(k, 0);
+            });
+            give_out(pulls, chunk, always, to, split);
+        });
         ++team.round;
     }
     team.part();

@@ -13,72 +13,20 @@
 //              write of y, of active when KEPT.  Partial results of a GRID_TEAM go through global memory
 //   In flight  a block asks for all that it will hold before it uses any: for 256 threads with 16 windows 64 KB from
 //              registers alone, where some 26 KB for each processor keep the memory of an H100 busy
-//   Rounding   a thread's pivot is the mean of the first windows that it has at a time; it sums x - pivot and its
-//              square in ACC_T, at most 32 at a time, then in double.  Of a thread that holds all of its windows in
-//              registers these are two passes over its samples.  A constant leaves exact zeros, a large mean costs
-//              no digit.  Threads, blocks and their teams are merged by unite(), in the order of their indices
+//   Rounding   a thread's pivot is the mean of some of the first windows that it has at a time; it sums x - pivot and
+//              its square in ACC_T, at most 32 at a time, then in double: a second pass over resident samples.  A
+//              constant leaves exact zeros, a large mean costs no digit.  Threads, blocks and their teams are merged
+//              by unite(), in the order of their indices
 //   Range      float: squares of x - pivot must stay in float's range, so distances between 1e-18 and 1e18
 //   Aliasing   y may be z: each element is read, then written, by the same thread
 //   Constants  X_TYPE, and those of tiles.cuh, marks.cuh, held.cuh and team.cuh;  ADD, RELU (0/1)
 
 #define TENSORS 1
 
-#include "affine.cuh"
 #include "held.cuh"
+#include "output.cuh"
 #include "samples.cuh"
 #include "team.cuh"
-
-constexpr int OF_A_LANE = COLUMN ? 1 : VEC;                             // samples of a window in one lane
-constexpr int AT_A_TIME = OF_A_LANE < 32 ? 32 / OF_A_LANE : 1;          // windows that are summed in ACC_T
-
-__device__ inline void settle(Samples (&lanes)[LANES])
-{
-#pragma unroll
-    for (int l = 0; l < LANES; ++l) lanes[l].settle();
-}
-
-// Gives every lane that has no sample yet the mean of what this chunk has for it as its pivot.
-template <int N>
-__device__ void choose_pivots(Samples (&lanes)[LANES], const Chunk<N> &chunk)
-{
-#pragma unroll
-    for (int l = 0; l < LANES; ++l) {
-        ACC_T first = 0, sum = 0;
-        int found = 0;
-#pragma unroll
-        for (int u = 0; u < N; ++u) {
-            if (u >= chunk.count) continue;
-#pragma unroll
-            for (int i = 0; i < OF_A_LANE; ++i) {
-                const int at = COLUMN ? l : i;
-                if (!ALL && !(chunk.admitted[u] >> at & 1)) continue;
-                const ACC_T v = to_acc(chunk.x[u].at[at]);
-                if (ALL ? u + i == 0 : found == 0) first = v;
-                sum += v - first;
-                ++found;
-            }
-        }
-        if (ALL || lanes[l].count == 0) lanes[l].pivot = sum == 0 ? first : first + sum / ACC_T(found);
-    }
-}
-
-template <int N>
-__device__ void add(Samples (&lanes)[LANES], const Chunk<N> &chunk)
-{
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-        if (u < chunk.count) {
-#pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                Samples &lane = lanes[COLUMN ? i : 0];
-                if (!ALL && !(chunk.admitted[u] >> i & 1)) continue;
-                lane.take(to_acc(chunk.x[u].at[i]), false);
-                if (!ALL) ++lane.count;
-            }
-        }
-        if ((u + 1) % AT_A_TIME == 0) settle(lanes);
-    }
-}
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(BLOCK, 2)
 forward(const X_T *x, index_t x_stride, const X_T *z, index_t z_stride, const unsigned char *where,
@@ -97,66 +45,53 @@ forward(const X_T *x, index_t x_stride, const X_T *z, index_t z_stride, const un
     Team team(tiles, barriers);
 
     for (int group = team.number; group < tiles.groups; group += team.count) {
-        Walk walk(tiles, group, team.rank);
-        const Places places(walk, room);
+        Walk<FORTH> walk(tiles, group, team.rank, x, x_stride);
+        Source from(x, x_stride, tiles, walk);
+        Index index = dense_index(tiles, walk);
+        const Places places(walk.steps, room);
         Samples samples[LANES] = {};
 
         for (int k = 0; k < places.kept; ++k) {
-            const Window w = walk.next(tiles, x, x_stride);
-            shelf.fetch(k, 0, x, x_stride, w);
-            if (!ALL) shelf.mark(k, 0) = admitted(where, tiles, w);
+            shelf.fetch(k, 0, from.at, walk.here());
+            if (!ALL) shelf.mark(k, 0) = admitted(where, index.at, walk.here());
+            walk.next(from, index);
         }
-#pragma unroll 1
-        for (int left = places.streamed, turn = 0; left > 0; left -= UNROLL) {
-            Chunk<UNROLL> chunk = {};
-            chunk.count = min(UNROLL, left);
+        const auto read = [&](auto &chunk, int count) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (u >= chunk.count) continue;
-                const Window w = walk.next(tiles, x, x_stride);
-                chunk.x[u] = load(x, x_stride, w);
-                chunk.admitted[u] = admitted(where, tiles, w);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                if (u >= count) continue;
+                chunk.x[u] = load(from.at, walk.here());
+                chunk.admitted[u] = admitted(where, index.at, walk.here());
+                walk.next(from, index);
             }
-            if (!ALL || left == places.streamed) choose_pivots(samples, chunk);
-            add(samples, chunk);
-            if ((turn += UNROLL) % AT_A_TIME == 0) settle(samples);
-        }
+        };
+        in_chunks(places.streamed, [&](int first, auto &chunk) {
+            read(chunk, chunk.WINDOWS);
+            take_in(samples, chunk, first, true);
+        });
         settle(samples);
 
         Chunk<HELD> held = {};
-        held.count = places.held;
-#pragma unroll
-        for (int u = 0; u < HELD; ++u) {
-            if (u >= held.count) continue;
-            const Window w = walk.next(tiles, x, x_stride);
-            held.x[u] = load(x, x_stride, w);
-            held.admitted[u] = admitted(where, tiles, w);
-        }
-        if (!ALL || places.streamed == 0) choose_pivots(samples, held);
+        read(held, places.held);
+        if (ALL ? places.streamed == 0 : without_pivot(samples)) choose_pivots(samples, held, places.held);
         forget(held.x);
-        add(samples, held);
+        add(samples, held, places.held);
         settle(samples);
         forget(held.x);
 
         shelf.arrived();
-#pragma unroll 1
-        for (int k = 0, turn = 0; k < places.kept; k += UNROLL) {
-            Chunk<UNROLL> chunk = {};
-            chunk.count = min(UNROLL, places.kept - k);
+        in_chunks(places.kept, [&](int first, auto &chunk) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (u >= chunk.count) continue;
-                chunk.x[u] = shelf.at(k + u, 0);
-                if (!ALL) chunk.admitted[u] = shelf.mark(k + u, 0);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                chunk.x[u] = shelf.at(first + u, 0);
+                if (!ALL) chunk.admitted[u] = shelf.mark(first + u, 0);
             }
-            if (!ALL) choose_pivots(samples, chunk);
-            add(samples, chunk);
-            if ((turn += UNROLL) % AT_A_TIME == 0) settle(samples);
-        }
+            take_in(samples, chunk, first, false);
+        });
         settle(samples);
 
         Moments own[LANES];
-        Channels channel(tiles, walk);
+        Channels channel(tiles, group);
 #pragma unroll
         for (int l = 0; l < LANES; ++l) {
             const index_t c = channel.next(tiles);
@@ -182,74 +117,46 @@ forward(const X_T *x, index_t x_stride, const X_T *z, index_t z_stride, const un
         });
 
         Affine maps[LANES] = {};
-        Channels again(tiles, walk);
+        Channels again(tiles, group);
         for (int l = 0; walk.steps > 0 && l < LANES; ++l) maps[l] = board.maps[again.next(tiles) - first];
 
-        // Back from the last window to the first.
-        const auto give_out = [&](const Window (&window)[UNROLL], Chunk<UNROLL> &chunk) {
-            Vector added[UNROLL] = {};
+        // Back from the last window to the first; refill() gets window u of a chunk from where it is.
+        Walk<BACK> back(tiles, group, team.rank, x, x_stride);
+        Source source(x, x_stride, tiles, back), residual(z, z_stride, tiles, back);
+        Target to(y, y_stride, tiles, back);
+        Index read_back = dense_index(tiles, back), written = read_back;
+        const auto go_back = [&](auto &chunk, auto exists, auto refill) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-                if (ADD && window[u].any()) added[u] = load(z, z_stride, window[u]);
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (!window[u].any()) continue;
-                unsigned open = 0;
-#pragma unroll
-                for (int i = 0; i < VEC; ++i) {
-                    ACC_T v = maps[COLUMN ? i : 0](to_acc(chunk.x[u].at[i]));
-                    if (ADD) v += to_acc(added[u].at[i]);
-                    open |= passes(v) ? 1u << i : 0;
-                    if (RELU) v = relu(v);
-                    if (WHERE && !(chunk.admitted[u] >> i & 1)) v = 0;
-                    chunk.x[u].at[i] = from_acc(v);
-                }
-                store(y, y_stride, window[u], chunk.x[u]);
-                if (KEPT) keep(active, tiles, window[u], open);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                if (!exists(u)) continue;
+                chunk.window[u] = back.here();
+                refill(chunk, u);
+                if (ADD) chunk.other[u] = load(residual.at, chunk.window[u]);
+                chunk.move[u] = back.next(source, residual, read_back);
             }
+            give_out(maps, chunk, exists, to, active, written);
         };
 #pragma unroll
-        for (int base = HELD - UNROLL; base >= 0; base -= UNROLL) {
-            Window window[UNROLL];
-            Chunk<UNROLL> chunk = {};
-#pragma unroll
-            for (int u = UNROLL - 1; u >= 0; --u) {
-                window[u] = Window{};
-                if (base + u >= places.held) continue;
-                window[u] = walk.back(tiles, x, x_stride);
-                chunk.x[u] = held.x[base + u];
-                chunk.admitted[u] = held.admitted[base + u];
-            }
-            give_out(window, chunk);
+        for (int end = HELD; end > 0; end -= UNROLL) {
+            Chunk<UNROLL> chunk;
+            go_back(chunk, [&](int u) { return end - 1 - u < places.held; }, [&](auto &chunk, int u) {
+                chunk.x[u] = held.x[end - 1 - u];
+                chunk.admitted[u] = held.admitted[end - 1 - u];
+            });
         }
-#pragma unroll 1
-        for (int left = places.streamed; left > 0; left -= UNROLL) {
-            Window window[UNROLL];
-            Chunk<UNROLL> chunk = {};
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                window[u] = Window{};
-                if (u >= left) continue;
-                window[u] = walk.back(tiles, x, x_stride);
-                chunk.x[u] = load(x, x_stride, window[u]);
-                chunk.admitted[u] = admitted(where, tiles, window[u]);
-            }
-            give_out(window, chunk);
-        }
-#pragma unroll 1
-        for (int k = places.kept; k > 0; k -= UNROLL) {
-            Window window[UNROLL];
-            Chunk<UNROLL> chunk = {};
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                window[u] = Window{};
-                if (u >= k) continue;
-                window[u] = walk.back(tiles, x, x_stride);
-                chunk.x[u] = shelf.at(k - 1 - u, 0);
-                if (!ALL) chunk.admitted[u] = shelf.mark(k - 1 - u, 0);
-            }
-            give_out(window, chunk);
-        }
+        in_chunks(places.streamed, [&](int, auto &chunk) {
+            go_back(chunk, always, [&](auto &chunk, int u) {
+                chunk.x[u] = load(source.at, chunk.window[u]);
+                chunk.admitted[u] = admitted(where, read_back.at, chunk.window[u]);
+            });
+        });
+        in_chunks(places.kept, [&](int first, auto &chunk) {
+            go_back(chunk, always, [&](auto &chunk, int u) {
+                const int k = places.kept - 1 - first - u;
+                chunk.x[u] = shelf.at(k, 0);
+                if (!ALL) chunk.admitted[u] = shelf.mark(k, 0);
+            });
+        });
         ++team.round;
     }
     team.part();

@@ -15,7 +15,6 @@
 //   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0;  RELU (0/1);
 //              KEPT (0, 1, 2): read from active where ReLU let z pass, rather than compute it again from x; marks.cuh
 
-#include "marks.cuh"
 #include "sums.cuh"
 #include "union.cuh"
 
@@ -28,52 +27,35 @@ gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, 
               Sums *partials, unsigned *arrivals, ACC_T *sum_dy, ACC_T *sum_dy_xhat)
 {
     __shared__ __align__(16) Sums sets[BLOCK * LANES];
-    constexpr int ROUNDS = COLUMN ? 32 / UNROLL : (32 + UNROLL * VEC - 1) / (UNROLL * VEC);
     const Tiles tiles = {rows, channels, inner, windows, tail, part, groups, splits, width, fold};
 
     for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-        Walk walk(tiles, tile);
+        Walk<FORTH> walk(tiles, tile, x, x_stride);
+        Source values(x, x_stride, tiles, walk), slopes(dy, dy_stride, tiles, walk);
+        Index index = dense_index(tiles, walk);
         Terms terms[LANES] = {};
-        Affine hats[LANES], maps[LANES];
-        Channels channel(tiles, walk);
-        for (int l = 0; walk.steps > 0 && l < LANES; ++l) {
-            const index_t c = channel.next(tiles);
-            hats[l] = standardizing(c, mean, rstd);
-            if (RELU && !KEPT) maps[l] = normalizing(c, mean, rstd, gamma, beta);
-        }
+        const Maps maps(tiles, walk.group, walk.steps, mean, rstd, gamma, beta);
 
-        while (walk.step < walk.steps) {
-            for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {
-                Window window[UNROLL];
-                Vector slopes[UNROLL], values[UNROLL];
-                Bytes mask[UNROLL];
-                unsigned kept[UNROLL];
+        in_chunks(walk.steps, [&](int first, auto &chunk) {
 #pragma unroll
-                for (int u = 0; u < UNROLL; ++u) {
-                    window[u] = walk.next(tiles, x, x_stride);
-                    if (!window[u].any()) continue;
-                    slopes[u] = load(dy, dy_stride, window[u]);
-                    values[u] = load(x, x_stride, window[u]);
-                    if (WHERE) mask[u] = load(where, tiles, window[u]);
-                    if (KEPT) kept[u] = passed(active, tiles, window[u]);
-                }
-#pragma unroll
-                for (int u = 0; u < UNROLL; ++u) {
-                    if (!window[u].any()) continue;
-#pragma unroll
-                    for (int i = 0; i < VEC; ++i) {
-                        const int l = COLUMN ? i : 0;
-                        const ACC_T v = to_acc(values[u].at[i]);
-                        if (!window[u].holds(i) || (WHERE && !mask[u].at[i])) continue;
-                        const bool open = !RELU || (KEPT ? kept[u] >> i & 1 : passes(maps[l](v)));
-                        terms[l].take(open ? to_acc(slopes[u].at[i]) : ACC_T(0), hats[l](v));
-                    }
-                }
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                const Window w = walk.here();
+                chunk.x[u] = load(values.at, w);
+                chunk.other[u] = load(slopes.at, w);
+                chunk.admitted[u] = admitted(where, index.at, w);
+                if (KEPT) chunk.open[u] = passed(active, index.at, w);
+                walk.next(values, slopes, index);
             }
-            for (int l = 0; l < LANES; ++l) terms[l].settle();
-        }
+            open(maps, chunk, chunk.WINDOWS);
+            take_in(terms, maps, chunk, first);
+        });
+        settle(terms);
 
-        for (int l = 0; l < LANES; ++l) sets[l * BLOCK + threadIdx.x] = terms[l].settled;
+        Channels channel(tiles, walk.group);
+        for (int l = 0; l < LANES; ++l) {
+            const index_t c = walk.steps > 0 ? channel.next(tiles) : 0;
+            sets[l * BLOCK + threadIdx.x] = terms[l].sums(mean[c], rstd[c]);
+        }
         merge(tiles, walk, sets, partials, arrivals, [&](index_t c, const Sums &all) {
             sum_dy[c] = narrow(all.dy);
             sum_dy_xhat[c] = narrow(all.dy_xhat);

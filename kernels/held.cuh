@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "marks.cuh"
+#include "chunk.cuh"
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
@@ -19,50 +19,25 @@ static_assert(HELD % UNROLL == 0, "registers are emptied UNROLL windows at a tim
 struct Places {
     int kept, streamed, held;
 
-    __device__ Places(const Walk &walk, int room)
+    __device__ Places(int steps, int room)
     {
-        held = min(HELD, walk.steps);
-        kept = min(room, walk.steps - held);
-        streamed = walk.steps - held - kept;
+        held = min(HELD, steps);
+        kept = min(room, steps - held);
+        streamed = steps - held - kept;
     }
-};
-
-// N windows at a time, in registers; the first `count` of them exist.
-template <int N>
-struct Chunk {
-    Vector x[N];
-    unsigned admitted[N];  // without a meaning where ALL
-    int count;
-};
-
-template <int N>
-struct Slopes {
-    Vector dy[N];
-    unsigned passed[N];    // with KEPT only
 };
 
 // Lets the compiler forget what it has computed from a vector.  It would rather keep 16-bit elements in registers
 // twice, as they are and widened, than widen them again.
-__device__ inline void forget(Vector &v)
-{
-    constexpr int WORDS = sizeof(Vector) / 4;
-    union Raw {
-        Vector vector;
-        unsigned word[WORDS ? WORDS : 1];
-        __device__ Raw() {}
-    } raw;
-    if (sizeof(X_T) != 2 || !WORDS) return;
-    raw.vector = v;
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) asm volatile("" : "+r"(raw.word[i]));
-    v = raw.vector;
-}
-
 template <int N>
 __device__ void forget(Vector (&vectors)[N])
 {
+    if constexpr (PAIRS) {
 #pragma unroll
-    for (int u = 0; u < N; ++u) forget(vectors[u]);
+        for (int u = 0; u < N; ++u)
+#pragma unroll
+            for (int i = 0; i < VEC / 2; ++i) asm volatile("" : "+r"(vectors[u].word[i]));
+    }
 }
 
 // The shared memory of a block: `room` windows of each tensor for each thread, then the marks of these windows.
@@ -83,17 +58,16 @@ struct Shelf {
     }
 
     // Starts a copy of a window that arrived() waits for.
-    __device__ void fetch(int k, int tensor, const X_T *from, index_t stride, const Window &w) const
+    __device__ void fetch(int k, int tensor, const X_T *from, const Window &w) const
     {
 #if __CUDA_ARCH__ >= 800
         if (sizeof(Vector) == 16 && w.whole()) {
             const unsigned to = unsigned(__cvta_generic_to_shared(&at(k, tensor)));
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + w.row * stride + w.offset)
-                         : "memory");
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
             return;
         }
 #endif
-        at(k, tensor) = load(from, stride, w);
+        at(k, tensor) = load(from, w);
     }
 
     __device__ static void arrived()

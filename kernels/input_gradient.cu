@@ -11,14 +11,14 @@
 //              they are what the second-level cache still holds of the dy and x that gradient_sums has read
 //   Traffic    one read of dy, of x when TRAIN or when ReLU's gate is computed from it, of where when WHERE, of
 //              active when KEPT; one write of dx, of dresidual when SPLIT
-//   Rounding   x - mean, one fma, one add, one product in ACC_T, then one rounding to X_T; dresidual is exact
+//   Rounding   x - mean and two fmas in ACC_T, then one rounding to X_T; dresidual is exact
 //   Aliasing   dx may be dy: each element is read, then written, by the same thread
 //   Constants  X_TYPE, and those of tiles.cuh;  TRAIN (0/1): 0 takes the statistics as constants, so that
 //              dx = gamma * rstd * dz;  RELU, KEPT, WHERE as in gradient_sums.cu;  SPLIT (0/1): write dz too, which
 //              is the gradient of the residual
 
-#include "marks.cuh"
 #include "pull.cuh"
+#include "sums.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 input_gradient(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const unsigned char *where,
@@ -28,53 +28,35 @@ input_gradient(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride,
                int groups, int splits, int width, int fold,
                X_T *dx, index_t dx_stride, X_T *dresidual, index_t dresidual_stride)
 {
-    constexpr bool GATE = RELU && !KEPT;
     const Tiles tiles = {rows, channels, inner, windows, tail, part, groups, splits, width, fold};
 
     for (int tile = tiles.count() - 1 - blockIdx.x; tile >= 0; tile -= gridDim.x) {
-        Walk walk(tiles, tile);
-        Affine maps[LANES];
+        Walk<FORTH> walk(tiles, tile, dy, dy_stride);
+        Source values(x, x_stride, tiles, walk), slopes(dy, dy_stride, tiles, walk);
+        Target to(dx, dx_stride, tiles, walk), split(dresidual, dresidual_stride, tiles, walk);
+        Index index = dense_index(tiles, walk);
+        const Maps maps(tiles, walk.group, walk.steps, mean, rstd, gamma, beta);
         Pull pulls[LANES];
-        Channels channel(tiles, walk);
-        for (int l = 0; walk.steps > 0 && l < LANES; ++l) {
-            const index_t c = channel.next(tiles);
-            if (GATE) maps[l] = normalizing(c, mean, rstd, gamma, beta);
+        Channels channel(tiles, walk.group);
+        for (int l = 0; l < LANES; ++l) {
+            const index_t c = walk.steps > 0 ? channel.next(tiles) : 0;
             const double share = 1.0 / max(counts ? counts[c] : count, index_t(1));
             const ACC_T all_dy = TRAIN ? sum_dy[c] : ACC_T(0), all_dy_xhat = TRAIN ? sum_dy_xhat[c] : ACC_T(0);
             pulls[l] = pull(c, mean, rstd, gamma, all_dy, all_dy_xhat, share);
         }
 
-        while (walk.step < walk.steps) {
-            Window window[UNROLL];
-            Vector slopes[UNROLL], values[UNROLL];
-            Bytes mask[UNROLL];
-            unsigned kept[UNROLL];
+        in_chunks(walk.steps, [&](int, auto &chunk) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                window[u] = walk.next(tiles, dy, dy_stride);
-                if (!window[u].any()) continue;
-                slopes[u] = load(dy, dy_stride, window[u]);
-                if (TRAIN || GATE) values[u] = load(x, x_stride, window[u]);
-                if (WHERE) mask[u] = load(where, tiles, window[u]);
-                if (KEPT) kept[u] = passed(active, tiles, window[u]);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                const Window w = chunk.window[u] = walk.here();
+                chunk.other[u] = load(slopes.at, w);
+                if (TRAIN || GATE) chunk.x[u] = load(values.at, w);
+                chunk.admitted[u] = admitted(where, index.at, w);
+                if (KEPT) chunk.open[u] = passed(active, index.at, w);
+                chunk.move[u] = walk.next(values, slopes, index);
             }
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (!window[u].any()) continue;
-                Vector residual;
-#pragma unroll
-                for (int i = 0; i < VEC; ++i) {
-                    const int l = COLUMN ? i : 0;
-                    const ACC_T v = TRAIN || GATE ? to_acc(values[u].at[i]) : ACC_T(0);
-                    const bool counts_in = !WHERE || mask[u].at[i];
-                    const bool open = counts_in && (!RELU || (KEPT ? kept[u] >> i & 1 : passes(maps[l](v))));
-                    const ACC_T dz = open ? to_acc(slopes[u].at[i]) : ACC_T(0);
-                    residual.at[i] = from_acc(dz);
-                    slopes[u].at[i] = from_acc(counts_in ? pulls[l](dz, v) : ACC_T(0));
-                }
-                store(dx, dx_stride, window[u], slopes[u]);
-                if (SPLIT) store(dresidual, dresidual_stride, window[u], residual);
-            }
-        }
+            open(maps, chunk, chunk.WINDOWS);
+            give_out(pulls, chunk, always, to, split);
+        });
     }
 }

@@ -26,34 +26,32 @@ __device__ inline unsigned bits_of(const Bytes &bytes)
     return bits;
 }
 
-// Which elements of a window exist and count.
-__device__ inline unsigned admitted(const unsigned char *where, const Tiles &tiles, const Window &w)
+// Which elements of a window exist and count.  `at` is the index of its first element, had x no gaps.
+__device__ inline unsigned admitted(const unsigned char *where, index_t at, const Window &w)
 {
-    return WHERE ? bits_of(load(where, tiles, w)) & existing(w) : existing(w);
+    return WHERE ? bits_of(load(where + at, w)) & existing(w) : existing(w);
 }
 
 // Which elements of a window ReLU has let pass.  Packed marks can be read by windows of any kind.
-__device__ inline unsigned passed(const unsigned char *active, const Tiles &tiles, const Window &w)
+__device__ inline unsigned passed(const unsigned char *active, index_t at, const Window &w)
 {
-    const index_t first = w.row * tiles.row_length() + w.offset;
+    if (KEPT == 1) return bits_of(load(active + at, w));
+    if (VEC == PACKED && !RAGGED) return active[at / PACKED];
     unsigned bits = 0;
-    if (KEPT == 1) bits = bits_of(load(active, tiles, w));
-    else if (VEC == PACKED && !RAGGED) bits = active[first / PACKED];
-    else
-        for (int i = 0; i < VEC; ++i)
-            if (w.holds(i)) bits |= (active[(first + i) / PACKED] >> (first + i) % PACKED & 1u) << i;
+    for (int i = 0; i < VEC; ++i)
+        if (w.holds(i)) bits |= (active[(at + i) / PACKED] >> (at + i) % PACKED & 1u) << i;
     return bits;
 }
 
 // Keeps for the backward pass what `passed` reads.  Only whole windows of 16 bytes can be packed.
-__device__ inline void keep(unsigned char *active, const Tiles &tiles, const Window &w, unsigned bits)
+__device__ inline void keep(unsigned char *active, index_t at, const Window &w, unsigned bits)
 {
     if (KEPT == 2) {
-        active[(w.row * tiles.row_length() + w.offset) / PACKED] = bits;
+        active[at / PACKED] = bits;
     } else {
         Bytes bytes;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) bytes.at[i] = bits >> i & 1;
-        store(active, tiles, w, bytes);
+        store(active + at, w, bytes);
     }
 }

@@ -8,10 +8,12 @@
 //   Traffic    one read of x, one of where; partials only where a channel is spread over several tiles; for double,
 //              a first sample of the channel once more for every lane of every thread
 //   Rounding   a thread sums x - pivot and its square in ACC_T, at most 32 at a time, then in double; the pivot is
-//              its own first sample, so that a constant leaves exact zeros and a large mean costs no digit;
-//              threads and blocks are merged by unite()
+//              the mean of its own first samples, so that a constant leaves exact zeros and a large mean costs no
+//              digit; threads and blocks are merged by unite()
 //   Range      float: squares of x - pivot must stay in float's range, so distances between 1e-18 and 1e18
 //   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0
+
+#define KEPT 0
 
 #include "samples.cuh"
 #include "union.cuh"
@@ -23,48 +25,30 @@ moments(const X_T *x, index_t x_stride, const unsigned char *where, double eps,
         Moments *partials, unsigned *arrivals, double *mean, double *m2, double *rstd, index_t *count)
 {
     __shared__ __align__(16) Moments sets[BLOCK * LANES];
-    constexpr bool ALL = !WHERE && !RAGGED;                      // every element of every window is a sample
-    constexpr int ROUNDS = COLUMN ? 32 / UNROLL : (32 + UNROLL * VEC - 1) / (UNROLL * VEC);
     const Tiles tiles = {rows, channels, inner, windows, tail, part, groups, splits, width, fold};
 
     for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-        Walk walk(tiles, tile);
+        Walk<FORTH> walk(tiles, tile, x, x_stride);
+        Source from(x, x_stride, tiles, walk);
+        Index index = dense_index(tiles, walk);
         Samples samples[LANES] = {};
 
-        while (walk.step < walk.steps) {
-            for (int round = 0; round < ROUNDS && walk.step < walk.steps; ++round) {
-                const bool fresh = walk.step == 0;
-                Window window[UNROLL];
-                Vector values[UNROLL];
-                Bytes mask[UNROLL];
+        in_chunks(walk.steps, [&](int first, auto &chunk) {
 #pragma unroll
-                for (int u = 0; u < UNROLL; ++u) {
-                    window[u] = walk.next(tiles, x, x_stride);
-                    if (window[u].any()) values[u] = load(x, x_stride, window[u]);
-                    if (WHERE && window[u].any()) mask[u] = load(where, tiles, window[u]);
-                }
-#pragma unroll
-                for (int u = 0; u < UNROLL; ++u) {
-                    if (!window[u].any()) continue;
-#pragma unroll
-                    for (int i = 0; i < VEC; ++i) {
-                        Samples &lane = samples[COLUMN ? i : 0];
-                        if (ALL) {
-                            lane.take(to_acc(values[u].at[i]), fresh && u == 0 && i < LANES);
-                        } else if (window[u].holds(i) && (!WHERE || mask[u].at[i])) {
-                            lane.take(to_acc(values[u].at[i]), lane.count == 0);
-                            ++lane.count;
-                        }
-                    }
-                }
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                const Window w = walk.here();
+                chunk.x[u] = load(from.at, w);
+                chunk.admitted[u] = admitted(where, index.at, w);
+                walk.next(from, index);
             }
-            for (int l = 0; l < LANES; ++l) samples[l].settle();
-        }
+            take_in(samples, chunk, first, true);
+        });
+        settle(samples);
 
-        Channels channel(tiles, walk);
+        Channels channel(tiles, walk.group);
         for (int l = 0; l < LANES; ++l) {
             const index_t c = channel.next(tiles);
-            if (ALL) samples[l].count = walk.steps * (VEC / LANES);
+            if (ALL) samples[l].count = walk.steps * OF_A_LANE;
             sets[l * BLOCK + threadIdx.x] =
                 samples[l].count ? samples[l].moments(origin(x, where, c * inner)) : Moments{};
         }

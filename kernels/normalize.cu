@@ -13,8 +13,7 @@
 //   Constants  X_TYPE, and those of tiles.cuh;  ADD, RELU, WHERE (0/1): y is 0 where the byte of where is 0;
 //              KEPT (0, 1, 2): active keeps where the activation let z pass; marks.cuh
 
-#include "affine.cuh"
-#include "marks.cuh"
+#include "output.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
 normalize(const X_T *x, index_t x_stride, const X_T *z, index_t z_stride, const unsigned char *where,
@@ -26,40 +25,25 @@ normalize(const X_T *x, index_t x_stride, const X_T *z, index_t z_stride, const 
     const Tiles tiles = {rows, channels, inner, windows, tail, part, groups, splits, width, fold};
 
     for (int tile = tiles.count() - 1 - blockIdx.x; tile >= 0; tile -= gridDim.x) {
-        Walk walk(tiles, tile);
+        Walk<FORTH> walk(tiles, tile, x, x_stride);
+        Source from(x, x_stride, tiles, walk), residual(z, z_stride, tiles, walk);
+        Target to(y, y_stride, tiles, walk);
+        Index read = dense_index(tiles, walk), written = read;
         Affine maps[LANES];
-        Channels channel(tiles, walk);
-        for (int l = 0; walk.steps > 0 && l < LANES; ++l)
-            maps[l] = normalizing(channel.next(tiles), mean, rstd, gamma, beta);
+        Channels channel(tiles, walk.group);
+        for (int l = 0; l < LANES; ++l)
+            maps[l] = normalizing(walk.steps > 0 ? channel.next(tiles) : 0, mean, rstd, gamma, beta);
 
-        while (walk.step < walk.steps) {
-            Window window[UNROLL];
-            Vector values[UNROLL], added[UNROLL];
-            Bytes mask[UNROLL];
+        in_chunks(walk.steps, [&](int, auto &chunk) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                window[u] = walk.next(tiles, x, x_stride);
-                if (!window[u].any()) continue;
-                values[u] = load(x, x_stride, window[u]);
-                if (ADD) added[u] = load(z, z_stride, window[u]);
-                if (WHERE) mask[u] = load(where, tiles, window[u]);
+            for (int u = 0; u < chunk.WINDOWS; ++u) {
+                const Window w = chunk.window[u] = walk.here();
+                chunk.x[u] = load(from.at, w);
+                if (ADD) chunk.other[u] = load(residual.at, w);
+                chunk.admitted[u] = admitted(where, read.at, w);
+                chunk.move[u] = walk.next(from, residual, read);
             }
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                if (!window[u].any()) continue;
-                unsigned bits = 0;
-#pragma unroll
-                for (int i = 0; i < VEC; ++i) {
-                    ACC_T v = maps[COLUMN ? i : 0](to_acc(values[u].at[i]));
-                    if (ADD) v += to_acc(added[u].at[i]);
-                    bits |= passes(v) ? 1u << i : 0;
-                    if (RELU) v = relu(v);
-                    if (WHERE && !mask[u].at[i]) v = 0;
-                    values[u].at[i] = from_acc(v);
-                }
-                store(y, y_stride, window[u], values[u]);
-                if (KEPT) keep(active, tiles, window[u], bits);
-            }
-        }
+            give_out(maps, chunk, always, to, active, written);
+        });
     }
 }

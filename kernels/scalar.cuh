@@ -4,10 +4,13 @@
 //
 //   X_T        storage: 2, 2, 4, 8 bytes
 //   ACC_T      arithmetic, gamma, beta and their gradients: float, or double for double
+//   low_of, high_of, pair_of   of 16-bit floats: the two in a 32-bit register, in ACC_T, and back
 //   index_t    every offset and count: 64-bit, because a tensor may have more than 2^31 elements
 //
 // Mean, rstd and whatever is merged are double for every X_T.  16-bit floats are plain bits here, converted by
-// one instruction each: no header of the toolkit is needed, so there is none to miss.
+// instructions of their own: no header of the toolkit is needed, so there is none to miss.  Two neighbours lie in one
+// 32-bit register, of which the converting instructions can take either half, and which one instruction can fill; what
+// takes halves apart by shifts costs as much as the arithmetic.
 
 #pragma once
 
@@ -28,6 +31,28 @@ __device__ inline X_T from_acc(ACC_T v)
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
     return bits;
 }
+__device__ inline ACC_T low_of(unsigned pair)
+{
+    float v;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(v) : "r"(pair));
+    return v;
+}
+__device__ inline ACC_T high_of(unsigned pair)
+{
+    float v;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(v) : "r"(pair));
+    return v;
+}
+__device__ inline unsigned pair_of(ACC_T low, ACC_T high)
+{
+#if __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return from_acc(low) | unsigned(from_acc(high)) << 16;
+#endif
+}
 #elif X_TYPE == 1
 typedef unsigned short X_T;
 typedef float ACC_T;
@@ -42,6 +67,18 @@ __device__ inline X_T from_acc(ACC_T v)
     const unsigned bits = __float_as_uint(v);
     if (v != v) return 0x7fff;                               // as the instruction does
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;       // to nearest, ties to even
+#endif
+}
+__device__ inline ACC_T low_of(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ inline ACC_T high_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ inline unsigned pair_of(ACC_T low, ACC_T high)
+{
+#if __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return from_acc(low) | unsigned(from_acc(high)) << 16;
 #endif
 }
 #elif X_TYPE == 2

@@ -33,12 +33,57 @@ template <> struct Raw<16> { typedef uint4 type; };
 
 template <class T>
 union Pack {
-    typedef typename Raw<sizeof(T) * VEC>::type raw_t;
+    static constexpr int BYTES = sizeof(T) * VEC, WORD = BYTES < 4 ? BYTES : 4;
+    typedef typename Raw<BYTES>::type raw_t;
     raw_t raw;
     T at[VEC];
+    typename Raw<WORD>::type word[BYTES / WORD];
 };
 typedef Pack<X_T> Vector;
 typedef Pack<unsigned char> Bytes;
+
+constexpr bool PAIRS = sizeof(X_T) == 2 && VEC > 1;  // elements lie two to a register
+
+// The elements of a window in ACC_T, and back.  Indices are known when the loops around them are unrolled.
+#if X_TYPE < 2
+__device__ inline ACC_T element(const Vector &v, int i)
+{
+    if constexpr (PAIRS) return i % 2 ? high_of(v.word[i / 2]) : low_of(v.word[i / 2]);
+    else return to_acc(v.at[i]);
+}
+
+__device__ inline Vector pack(const ACC_T (&of)[VEC])
+{
+    Vector v;
+    if constexpr (PAIRS) {
+#pragma unroll
+        for (int i = 0; i < VEC; i += 2) v.word[i / 2] = pair_of(of[i], of[i + 1]);
+    } else {
+        v.at[0] = from_acc(of[0]);
+    }
+    return v;
+}
+#else
+__device__ inline ACC_T element(const Vector &v, int i) { return v.at[i]; }
+
+__device__ inline Vector pack(const ACC_T (&of)[VEC])
+{
+    Vector v;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) v.at[i] = of[i];
+    return v;
+}
+#endif
+
+// Sets all elements to zero but those whose bit is set.
+__device__ inline void clear_but(Vector &v, unsigned bits)
+{
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        if constexpr (PAIRS) v.word[i / 2] &= bits >> i & 1 ? ~0u : i % 2 ? 0xffffu : 0xffff0000u;
+        else if (!(bits >> i & 1)) v.at[i] = X_T(0);
+    }
+}
 
 // Sizes, equal in all threads.
 struct Tiles {
@@ -58,29 +103,48 @@ struct Tiles {
     __device__ index_t row_length() const { return channels * inner * fold; }
 };
 
-// VEC neighbouring elements of a row, of which those from `first` to `last` exist and are this thread's.
+// VEC neighbouring elements, of which those from `first` to `last` exist and are this thread's.
 struct Window {
-    index_t row;
-    index_t offset;
     int first, last;
 
-    __device__ bool any() const { return first < last; }
-    __device__ bool whole() const { return RAGGED ? last - first == VEC : last > 0; }
+    __device__ bool whole() const { return !RAGGED || last - first == VEC; }
     __device__ bool holds(int i) const { return !RAGGED || (first <= i && i < last); }
 };
 
-// One thread's way through one tile: `steps` windows, then empty ones for ever.
+constexpr int FORTH = 1, BACK = -1;
+
+// From one window of a thread to its next, in any tensor.
+struct Move {
+    bool turned;  // to another row sooner than by whole rows
+    int shift;    // ragged planes: of the first window against the first element
+};
+
+// One thread's way through one tile: `steps` windows, FORTH from the first one or BACK from the last one.  Only the
+// place where it begins takes divisions and products.  From there on a thread counts, in 32 bits, the windows that its
+// plane still has ahead, and moves a Cursor for each tensor by one of two distances.
+template <int DIRECTION>
 struct Walk {
     int group, split;
-    index_t row, window;
-    int row_step, window_step;
-    int steps, step;
+    int steps;
+    index_t row, window;         // where it begins
+    int row_step, window_step;   // rows, and in the plane map windows, to the next window of this thread
+    int windows, ahead;          // plane map: of a plane, and of those the ones ahead; FAR at most, which is too many
+    int lead, lead_step;         // ragged planes: elements of a window before the plane's first, and their change by row
+    index_t below;               // ragged columns: rows below this one
+    int last;                    // ragged: elements of the last row in a window, or of a plane behind its windows
 
-    __device__ Walk(const Tiles &tiles, int tile) : Walk(tiles, tile % tiles.groups, tile / tiles.groups) {}
+    // More windows than a tile has.  Ragged planes have fewer, which the plan sees to.
+    static constexpr index_t FAR = (1 << 30) + 2 * BLOCK;
 
-    __device__ Walk(const Tiles &tiles, int group, int split) : group(group), split(split)
+    __device__ Walk(const Tiles &tiles, int tile, const X_T *anchor, index_t stride)
+        : Walk(tiles, tile % tiles.groups, tile / tiles.groups, anchor, stride) {}
+
+    // `anchor` is any tensor of the call, with its stride: they all lie alike, up to whole windows.
+    __device__ Walk(const Tiles &tiles, int group, int split, const X_T *anchor, index_t stride)
+        : group(group), split(split)
     {
-        step = 0;
+        windows = ahead = lead = lead_step = last = 0;
+        below = 0;
         if (COLUMN) {
             const int down = threadIdx.x / tiles.width;
             const int across = threadIdx.x - down * tiles.width;
@@ -91,78 +155,97 @@ struct Walk {
             window_step = 0;
             const bool inside = down < row_step && window < tiles.windows && row < end;
             steps = inside ? (int(end - row) + row_step - 1) / row_step : 0;
+            if (DIRECTION == BACK) row += index_t(steps - 1) * row_step;
+            below = tiles.rows - 1 - row;
+            last = int(max(index_t(0), min(index_t(VEC), tiles.tail - window * VEC)));
         } else {
-            const index_t begin = split * tiles.part + threadIdx.x;
+            index_t begin = split * tiles.part + threadIdx.x;
             const index_t end = min(tiles.rows * tiles.windows, (split + 1) * tiles.part);
+            steps = begin < end ? (int(end - begin) + BLOCK - 1) / BLOCK : 0;
+            if (DIRECTION == BACK && steps > 0) begin += index_t(steps - 1) * BLOCK;
             row = begin / tiles.windows;
             window = begin - row * tiles.windows;
             row_step = tiles.windows > BLOCK ? 0 : BLOCK / int(tiles.windows);
             window_step = int(BLOCK - row_step * tiles.windows);
-            steps = begin < end ? (int(end - begin) + BLOCK - 1) / BLOCK : 0;
+            windows = int(min(tiles.windows, FAR));
+            ahead = int(min(DIRECTION == FORTH ? tiles.windows - 1 - window : window, FAR));
+            if (RAGGED) {  // windows are aligned in memory, planes are not
+                const index_t plane = reinterpret_cast<unsigned long long>(anchor + row * stride + group * tiles.inner);
+                lead = int(plane / sizeof(X_T)) & (VEC - 1);
+                lead_step = int(stride) & (VEC - 1);
+                last = int(tiles.inner - tiles.windows * VEC);
+            }
         }
     }
 
-    // The next window.  `anchor` is any tensor of the call, with its stride: they all lie alike, up to whole windows.
-    __device__ Window next(const Tiles &tiles, const X_T *anchor, index_t stride)
+    // The window that it stands at.
+    __device__ Window here() const
     {
-        const Window w = here(tiles, anchor, stride);
-        ++step;
-        row += row_step;
-        window += window_step;
-        if (window >= tiles.windows) {
-            window -= tiles.windows;
-            ++row;
-        }
-        return w;
+        if (!RAGGED) return {0, VEC};
+        if (COLUMN) return {0, below == 0 ? last : VEC};
+        const int before = DIRECTION == FORTH ? windows - 1 - ahead : ahead;
+        return {before == 0 ? lead : 0, max(0, min(VEC, min(windows - before, 3) * VEC + last + lead))};
     }
 
-    // The one before the next: what next() gave last, if nothing else was called in between.
-    __device__ Window back(const Tiles &tiles, const X_T *anchor, index_t stride)
+    // Goes on by one window, with these cursors.
+    template <class... Cursors>
+    __device__ Move next(Cursors &...cursors)
     {
-        --step;
-        row -= row_step;
-        window -= window_step;
-        if (window < 0) {
-            window += tiles.windows;
-            --row;
-        }
-        return here(tiles, anchor, stride);
-    }
-
-  private:
-    __device__ Window here(const Tiles &tiles, const X_T *anchor, index_t stride) const
-    {
-        Window w;
-        w.row = row;
-        w.offset = window * VEC;
-        w.first = 0;
-        w.last = step < steps ? VEC : 0;
-        if (COLUMN && RAGGED && step < steps && row == tiles.rows - 1)
-            w.last = int(max(index_t(0), min(index_t(VEC), tiles.tail - w.offset)));
-        if (!COLUMN) w.offset += group * tiles.inner;
-        if (!COLUMN && RAGGED && step < steps) {  // windows are aligned in memory, planes are not
-            const index_t plane = reinterpret_cast<unsigned long long>(anchor + row * stride + group * tiles.inner);
-            const int lead = int(plane / sizeof(X_T)) & (VEC - 1);
-            w.offset -= lead;
-            w.first = window == 0 ? lead : 0;
-            w.last = int(max(index_t(0), min(index_t(VEC), tiles.inner + lead - window * VEC)));
-        }
-        return w;
+        below -= DIRECTION * row_step;
+        ahead -= window_step;
+        const bool turned = !COLUMN && ahead < 0;
+        if (turned) ahead += windows;
+        const int before = lead;
+        if (RAGGED) lead = (lead + DIRECTION * (row_step + turned) * lead_step) & (VEC - 1);
+        const Move move = {turned, before - lead};
+        (cursors.go(move), ...);
+        return move;
     }
 };
+
+// Where a walk stands in one tensor: a pointer, or the index of an element for whatever is dense.  A tensor that is not
+// there may have one, as long as nothing is read from it.
+template <class Place>
+struct Cursor {
+    Place at;
+    index_t step, turn;  // elements to the next window of a row, and what is added where the row ends
+
+    template <int DIRECTION>
+    __device__ Cursor(Place from, index_t stride, const Tiles &tiles, const Walk<DIRECTION> &walk)
+    {
+        at = from + walk.row * stride + walk.window * VEC + (COLUMN ? 0 : walk.group * tiles.inner - walk.lead);
+        step = DIRECTION * (walk.row_step * stride + walk.window_step * VEC);
+        turn = COLUMN ? 0 : DIRECTION * (stride - tiles.windows * VEC);
+    }
+
+    __device__ void go(const Move &move)
+    {
+        at += move.turned ? step + turn : step;
+        if (RAGGED && !COLUMN) at += move.shift;
+    }
+};
+typedef Cursor<const X_T *> Source;
+typedef Cursor<X_T *> Target;
+typedef Cursor<index_t> Index;
+
+template <int DIRECTION>
+__device__ Index dense_index(const Tiles &tiles, const Walk<DIRECTION> &walk)
+{
+    return Index(0, tiles.row_length(), tiles, walk);
+}
 
 // The channels of a thread's lanes, one call after the other.
 struct Channels {
     index_t channel;
     int left;  // lanes that are still in it
 
-    __device__ Channels(const Tiles &tiles, const Walk &walk)
+    __device__ Channels(const Tiles &tiles, int group)
     {
-        channel = walk.group;
+        channel = group;
         if (!COLUMN) return;
         const int across = threadIdx.x % tiles.width * VEC;
         const int run = across / int(tiles.inner);
-        channel = index_t(walk.group) * tiles.runs() + run;
+        channel = index_t(group) * tiles.runs() + run;
         left = int(tiles.inner) - (across - run * int(tiles.inner));
     }
 
@@ -202,23 +285,9 @@ __device__ void store(T *to, const Window &w, bool whole, const Pack<T> &v)
             if (w.holds(i)) to[i] = v.at[i];
 }
 
-__device__ inline Vector load(const X_T *x, index_t stride, const Window &w)
-{
-    return load(x + w.row * stride + w.offset, w, w.whole());
-}
-
-__device__ inline void store(X_T *y, index_t stride, const Window &w, const Vector &v)
-{
-    store(y + w.row * stride + w.offset, w, w.whole(), v);
-}
+__device__ inline Vector load(const X_T *from, const Window &w) { return load(from, w, w.whole()); }
+__device__ inline void store(X_T *to, const Window &w, const Vector &v) { store(to, w, w.whole(), v); }
 
 // The same of masks: one byte for each element, 0 or 1, dense and aligned for themselves.
-__device__ inline Bytes load(const unsigned char *mask, const Tiles &tiles, const Window &w)
-{
-    return load(mask + w.row * tiles.row_length() + w.offset, w, !RAGGED && w.whole());
-}
-
-__device__ inline void store(unsigned char *mask, const Tiles &tiles, const Window &w, const Bytes &v)
-{
-    store(mask + w.row * tiles.row_length() + w.offset, w, !RAGGED && w.whole(), v);
-}
+__device__ inline Bytes load(const unsigned char *from, const Window &w) { return load(from, w, !RAGGED); }
+__device__ inline void store(unsigned char *to, const Window &w, const Bytes &v) { store(to, w, !RAGGED, v); }

@@ -92,7 +92,7 @@ __device__ void gather_runs(const Tiles &tiles, int group, Set *sets, Publish pu
 //
 // Called by all threads of the block.  On return the sets may be written again.
 template <class Set, class Finish>
-__device__ void merge(const Tiles &tiles, const Walk &walk, Set *sets, Set *partials, unsigned *arrivals, Finish finish)
+__device__ void merge(const Tiles &tiles, const Walk<FORTH> &walk, Set *sets, Set *partials, unsigned *arrivals, Finish finish)
 {
     const bool alone = tiles.splits == 1 && tiles.fold == 1;
     const int runs = COLUMN ? tiles.runs() : 1;

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from cubn.machines.cuda.plan import (
     DEVICES,
-    HELD,
     ITEM_BYTES,
     MERGING,
     PACKED,
+    TENSORS,
     VECTOR_BYTES,
     DeviceLimits,
     Memory,
@@ -242,7 +242,7 @@ def test_options_become_constants_and_eps_does_not():
     assert moments_plan(one, limits, Memory()) == moments_plan(other, limits, Memory())
     plan = input_gradient_plan(one, limits, Memory(), train=False, where=True, active=PACKED, residual=True)
     assert dict(plan.constants).items() >= {"TRAIN": 0, "WHERE": 1, "RELU": 1, "KEPT": 2, "SPLIT": 1}.items()
-    assert set(MERGING) == {"moments", "gradient_sums", *HELD}
+    assert set(MERGING) == {"moments", "gradient_sums", *TENSORS}
     assert forward_plans(one, limits, Memory())[0].constants == forward_plans(other, limits, Memory())[0].constants
 
 

@@ -7,6 +7,7 @@ All launches are checked, as in test_cuda_kernels.py.
 
 from dataclasses import replace
 
+import arrays
 import host_machine
 import numpy as np
 import oracle
@@ -16,7 +17,7 @@ from host.executor import Fault
 from test_cuda_kernels import PLACES, Case, kink_free_seed, placed, random
 
 from cubn.machines import Running
-from cubn.machines.cuda.plan import DeviceLimits, Memory, blocks_at_once, forward_choices
+from cubn.machines.cuda.plan import DeviceLimits, Memory, blocks_at_once, forward_choices, windows_of_a_thread
 from cubn.machines.cuda.source import translation_unit
 from cubn.moments import Moments, towards
 from cubn.problem import Problem
@@ -27,18 +28,22 @@ if missing():
 ALONE = DeviceLimits("alone", arch=80, processors=2, threads_per_block=64, bandwidth=1e-3, in_flight=2)
 OLD = replace(ALONE, name="old", arch=75)
 POOR = replace(ALONE, name="poor", shared_most=6400)
+TIGHT = replace(ALONE, name="tight", shared_most=12_000)
 CLUSTERS = replace(ALONE, name="clusters", arch=90, processors=8, shared_most=16_000, largest_cluster=4)
 GRIDS = replace(ALONE, name="grids", processors=6, shared_most=12_000, cooperative=True)
 POOR_GRIDS = replace(GRIDS, name="poor grids", processors=2, shared_most=6400)
 POOR_COLUMNS = replace(POOR_GRIDS, name="poor columns", shared_most=7000, shared_per_processor=17_000)
 WIDE = replace(ALONE, name="wide", in_flight=4)
+TIGHT_WIDE = replace(WIDE, name="tight and wide", shared_most=12_000)
 
 REGIMES = {
     "block, planes": (ALONE, (3, 5, 256)),
+    "block, planes, less than registers hold": (ALONE, (1, 5, 384)),
     "block, planes in shared memory": (ALONE, (6, 3, 256)),
     "block, planes in shared memory before sm_80": (OLD, (6, 3, 256)),
     "block, ragged planes": (ALONE, (3, 4, 1031)),
     "block, columns": (ALONE, (100, 16, 1)),
+    "block, columns, the last tile narrower": (ALONE, (100, 84, 1)),
     "block, columns of short runs": (ALONE, (6, 16, 49)),
     "block, planes read again": (POOR, (3, 1, 1200)),
     "block, ragged planes read again": (POOR, (3, 4, 1031)),
@@ -159,6 +164,7 @@ def test_the_number_of_teams_changes_no_bit(regime, monkeypatch):
     planned = [launch.plan for launch in launches(host)]
     found = []
     for teams in (1, 2):
+        host = host_machine.KernelMachine("host", host.backend)  # asks anew
         host.backend.launches.clear()
         monkeypatch.setattr(host.backend, "resident", lambda plan, teams=teams: teams * plan.ranks + plan.ranks - 1)
         found.append(b"".join(values.tobytes() for values in case.check(host)))
@@ -317,7 +323,10 @@ def test_packed_bits_are_read_by_windows_of_any_kind(dtype):
 def test_running_statistics_move_towards_the_batch(regime, dtype):
     """As `cubn.moments.towards` moves them, within two roundings of each term; what is passed is left alone."""
     device, shape = REGIMES[regime]
-    host = machine_on(device)
+    running_statistics_move(machine_on(device), shape, dtype)
+
+
+def running_statistics_move(host, shape, dtype):
     problem = Problem(*shape, dtype, 1e-3, None)
     narrow = np.dtype(problem.statistics_dtype)
     mean, var = np.random.default_rng(7).normal(1, 0.2, (2, shape[1])).astype(narrow)
@@ -334,6 +343,19 @@ def test_running_statistics_move_towards_the_batch(regime, dtype):
         assert (np.abs(new - expected) <= 4 * np.finfo(narrow).eps * size).all()
 
 
+def test_one_sample_moves_no_running_statistics():
+    """It has no unbiased variance.  The kernel still writes what it was given to."""
+    one_sample_moves_nothing(machine_on(ALONE))
+
+
+def one_sample_moves_nothing(host):
+    before = np.random.default_rng(8).normal(1, 0.2, (2, 16)).astype("float32")
+    x = random((1, 16, 1))
+    found = host.forward(Problem(1, 16, 1, "float32", 1e-3, None), x, None, None, running=Running(*before, 0.3))
+    assert [launch.plan.kernel for launch in host.backend.launches] == ["forward"]
+    np.testing.assert_array_equal(found.running, before)
+
+
 # Numbers
 
 
@@ -346,6 +368,71 @@ def test_a_large_mean_costs_the_distance_from_it_no_digit():
         wide = x.astype("float64")
         np.testing.assert_allclose(found.moments.wide_mean, wide.mean((0, 2)), rtol=0, atol=1e-6)
         np.testing.assert_allclose(found.moments.wide_var, wide.var((0, 2)), rtol=1e-5)
+
+
+SUMS = {
+    "planes": (ALONE, "float32", False),
+    "columns": (ALONE, "float32", True),
+    "planes read again": (TIGHT, "float32", False),
+    "columns read again": (TIGHT, "float32", True),
+    "planes read again, 32 in flight": (TIGHT_WIDE, "bfloat16", False),
+}
+
+
+@pytest.mark.parametrize("sums", SUMS)
+def test_a_thread_sums_at_most_32_terms_at_a_time(sums):
+    device, dtype, columns = SUMS[sums]
+    sums_of_32(machine_on(device), dtype, columns)
+
+
+def sums_of_32(host, dtype, columns):
+    """As in test_cuda_kernels.py: 2^24 takes a one from each of the terms that it is summed with, at most 31.
+
+    It is the first of those that go to shared memory, of those that are read again, or of those in registers.  The
+    pivot, the mean of the first windows that a thread sums, is 0.
+    """
+    steps = 80 if columns else 48  # windows of a thread; a block takes four rows at a time, or 64 windows of a plane
+    high, wide = (4, None) if columns else (None, 64 * (16 // arrays.dtype_of(dtype).itemsize))
+    shape = (steps * high, 128, 1) if columns else (1, 16, steps * wide)
+    problem = Problem(*shape, dtype, 1e-3, None)
+    mean, rstd, ones = np.zeros(shape[1]), np.ones(shape[1]), np.ones(shape, arrays.dtype_of(dtype))
+
+    def of_step(values, step):
+        """What the threads of a block take in a step of their way, the first of them first."""
+        return values[step * high :][:high] if columns else values[..., step * wide :][..., :wide]
+
+    def plan():
+        (launch,) = host.backend.launches
+        host.backend.launches.clear()
+        assert launch.plan.fused
+        assert windows_of_a_thread(launch.plan.tiles, launch.plan.block) == steps
+        return launch.plan
+
+    def big_at(step, zeros=()):
+        values = ones.copy()
+        for other in zeros:
+            of_step(values, other)[...] = 0
+        first = of_step(values, step)[:1] if columns else of_step(values, step)[..., :1]
+        first[...] = 2.0**24
+        return values
+
+    def check(sums, values):
+        np.testing.assert_allclose(sums, values.astype("float64").sum((0, 2)), rtol=0, atol=31 + 1)
+
+    host.forward(problem, ones, None, None)
+    found = plan()
+    streamed = steps - found.room - found.held
+    of_pivot = range(found.room, found.room + (dict(found.constants)["UNROLL"] if streamed else found.held))
+    for step in (0, of_pivot.stop, steps - found.held) if streamed else (0,):
+        x = big_at(step, zeros=of_pivot)
+        check(host.forward(problem, x, None, None).moments.wide_mean * problem.samples, x)
+        plan()
+
+    host.backward(problem, ones, ones, mean, rstd, None, None, problem.samples)
+    for step in {0, plan().room}:
+        dy = big_at(step)
+        check(host.backward(problem, dy, ones, mean, rstd, None, None, problem.samples).sums.dy, dy)
+        plan()
 
 
 @pytest.mark.parametrize("value", [100.0, 1.23e8, -7e-20, 3e-39])
@@ -428,19 +515,19 @@ PLANTED = {
     "maps that nobody waits for": ("block, planes", "    }\n    __syncthreads();\n}\n", "    }\n}\n"),
     "a window held in the wrong place": (
         "block, planes in shared memory",
-        "chunk.x[u] = held.x[base + u];",
-        "chunk.x[u] = held.x[(base + u + 1) % HELD];",
+        "chunk.x[u] = held.x[end - 1 - u];",
+        "chunk.x[u] = held.x[(end - u) % HELD];",
     ),
     "a window from the wrong place of the shelf": (
         "block, planes in shared memory",
-        "shelf.at(k - 1 - u, 0);",
-        "shelf.at(max(k - 2 - u, 0), 0);",
+        "shelf.at(k, 0);",
+        "shelf.at(max(k - 1, 0), 0);",
     ),
     "a copy that nobody waits for": ("block, planes in shared memory", "        shelf.arrived();\n", ""),
     "a way back that takes another step": (
         "block, planes read again",
-        "        row -= row_step;\n        window -= window_step;",
-        "        row -= row_step;\n        window -= window_step + 1;",
+        "step = DIRECTION * (walk.row_step * stride + walk.window_step * VEC);",
+        "step = DIRECTION * (walk.row_step * stride + (walk.window_step + (DIRECTION == BACK)) * VEC);",
     ),
     "warps that do not wait for the last": ("block, planes", "= of_warp;\n        __syncthreads();", "= of_warp;"),
 }  # fmt: skip

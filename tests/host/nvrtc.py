@@ -118,8 +118,7 @@ def compile_cubin(
     `text` has one `extern "C"` kernel called `name`.  Raises `CompileError` with the log when it does not compile.
     """
     toolkit = toolkit or toolkit_for(arch)
-    options = [*_defines(defines), f"-arch=sm_{arch}", "--ptxas-options=-v"]
-    _, log = _compile(toolkit, text, name, options, "CUBIN")
+    _, log = _machine_code(toolkit, text, name, defines, arch)
     match = re.search(rf"Compiling entry function '{re.escape(name)}'.*?Used \d+ registers[^\n]*", log, re.DOTALL)
     if not match:
         raise CompileError(f"{toolkit} compiled no entry point {name!r} for sm_{arch}; its log:\n{log}")
@@ -136,6 +135,17 @@ def compile_cubin(
         shared=number(r"(\d+) bytes smem"),
         log=log,
     )
+
+
+def machine_code(text: str, name: str, defines: Mapping[str, object], arch: int) -> bytes:
+    """The cubin for sm_`arch`, which `host.sass` can read."""
+    return _machine_code(toolkit_for(arch), text, name, defines, arch)[0]
+
+
+def _machine_code(
+    toolkit: Toolkit, text: str, name: str, defines: Mapping[str, object], arch: int
+) -> tuple[bytes, str]:
+    return _compile(toolkit, text, name, [*_defines(defines), f"-arch=sm_{arch}", "--ptxas-options=-v"], "CUBIN")
 
 
 def compile_ptx(text: str, name: str, defines: Mapping[str, object], arch: int, toolkit: Toolkit | None = None) -> str:

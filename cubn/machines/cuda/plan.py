@@ -45,12 +45,12 @@ KERNELS = {
 MERGING = {"moments": 24, "gradient_sums": 16, "forward": 24, "backward": 16}
 """Kernels that merge what threads and blocks have found, and the bytes of one such set."""
 
-HELD = {"forward": 2, "backward": 1}
-"""Fused kernels, and how many times the windows in flight a thread holds in registers, of each tensor.  With four in
-flight that is the most that no specialisation spills (twice as many do, by the compile matrix)."""
+HELD = 2
+"""How many times the windows in flight a thread of a fused kernel holds in registers.  That is the most that no
+specialisation spills (twice as many do, by the compile matrix)."""
 
 TENSORS = {"forward": 1, "backward": 2}
-"""Tensors that a fused kernel holds between its two passes over them."""
+"""Fused kernels, and how many tensors each holds between its two passes over them."""
 
 TEAMS = {"block": 0, "cluster": 1, "grid": 2}
 """Blocks that share a group of channels -> TEAM of team.cuh."""
@@ -324,7 +324,7 @@ class LaunchPlan:
     @property
     def fused(self) -> bool:
         """True for `forward` and `backward`, whose blocks work in teams."""
-        return self.kernel in HELD
+        return self.kernel in TENSORS
 
     @property
     def held(self) -> int:
@@ -403,8 +403,9 @@ def input_gradient_plan(
     active: int = 0,
     residual: bool = False,
 ) -> LaunchPlan:
-    """dx, and dz where `residual` asks for it."""
+    """dx, and dz where `residual` asks for it: with an activation, only where `active` tells what it let pass."""
     relu = _relu(problem)
+    assert active or not (relu and residual)
     options = {"TRAIN": train, "WHERE": where, "RELU": relu, "KEPT": active if relu else 0, "SPLIT": residual}
     return _plan("input_gradient", problem, limits, memory, **options)
 
@@ -638,7 +639,7 @@ def _fused_plan(
     ranks = tiles.splits
     constants = _constants(kernel, problem, limits, tiles, block, options)
     constants |= {
-        "HELD": HELD[kernel] * limits.in_flight,
+        "HELD": HELD * constants["UNROLL"],
         "TEAM": TEAMS[team],
         "RANKS": ranks if team == "cluster" else 1,
     }
@@ -694,13 +695,16 @@ def _constants(
     if kernel in ("forward", "normalize") and options["KEPT"]:  # what others will read is this kernel's to choose
         whole = tiles.vector * ITEM_BYTES[problem.dtype] == VECTOR_BYTES and not tiles.ragged
         options = {**options, "KEPT": PACKED if whole else BYTES}
+    # What is known of each window needs registers as the windows do, and so does a second tensor of them.
+    second = kernel == "backward" or (kernel == "forward" and options["ADD"])
+    halved = bool(options["WHERE"] or tiles.ragged) + bool(second)
     return {
         "X_TYPE": X_TYPES[problem.dtype],
         "BLOCK": block,
         "COLUMN": tiles.column,
         "VEC": tiles.vector,
         "RAGGED": tiles.ragged,
-        "UNROLL": max(1, limits.in_flight // 2) if options["WHERE"] or tiles.ragged else limits.in_flight,
+        "UNROLL": max(1, limits.in_flight >> halved),
         **options,
     }
 
@@ -726,6 +730,8 @@ def _planes(
     if memory.phase is None or memory.step is None:
         vector = 1
     ragged = vector > 1 and not (memory.phase == memory.step == inner % vector == 0)
+    if ragged and inner > LARGEST_PART:  # where the windows of a plane are more than a thread counts
+        vector, ragged = 1, False
     windows = (inner + 2 * vector - 2) // vector if ragged else inner // vector
     block = _block(1, limits, widest)
     part, splits = _split(outer * windows, block * limits.in_flight, channels, limits)
