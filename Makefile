@@ -6,7 +6,7 @@
 #   make book    build the book into book/_build/html
 #   make lab     open the book's chapters as notebooks
 #   make check-book  open every page of the built book in headless Chromium (Debian: chromium, fonts-dejavu-core)
-#   make mutants break the CUDA kernels one place at a time and see the tests notice
+#   make mutants break the CUDA kernels one place at a time and see the tests notice; ONLY=moments.cu takes one file
 #   make bench   measure, write records, and make tables and plots from them
 #   make clean   remove what the targets above have made
 
@@ -38,7 +38,8 @@ lab: $(SETUP)/book
 	JUPYTER_CONFIG_DIR=book/lab $(BIN)/jupyter lab book
 
 mutants: $(SETUP)/test
-	PYTHONPATH=tests $(BIN)/python -m host.mutants cuda_mutants:subjects --kinds barriers bounds conditions
+	PYTHONPATH=tests $(BIN)/python -m host.mutants cuda_mutants:subjects --kinds barriers bounds conditions \
+	    $(if $(ONLY),--only $(ONLY))
 
 bench: $(SETUP)/bench
 	$(BIN)/python benchmarks/run.py

@@ -112,7 +112,7 @@ backward(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, const
         Channels channel(tiles, group);
 #pragma unroll
         for (int l = 0; l < LANES; ++l) {
-            const index_t c = walk.steps > 0 ? channel.next(tiles) : 0;
+            const index_t c = channel.next(tiles);
             own[l] = terms[l].sums(mean[c], rstd[c]);
         }
         const index_t first = board.first(tiles, group);

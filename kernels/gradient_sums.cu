@@ -53,7 +53,7 @@ gradient_sums(const X_T *dy, index_t dy_stride, const X_T *x, index_t x_stride, 
 
         Channels channel(tiles, walk.group);
         for (int l = 0; l < LANES; ++l) {
-            const index_t c = walk.steps > 0 ? channel.next(tiles) : 0;
+            const index_t c = channel.next(tiles);
             sets[l * BLOCK + threadIdx.x] = terms[l].sums(mean[c], rstd[c]);
         }
         merge(tiles, walk, sets, partials, arrivals, [&](index_t c, const Sums &all) {

@@ -37,10 +37,12 @@ struct Terms {
         dy = dy_distance = 0;
     }
 
-    // Distances were taken from the mean as ACC_T has it, which is what it lost away from the mean.
+    // Distances were taken from the mean as ACC_T has it, which is what it lost away from the mean.  Without samples
+    // rstd is NaN, and the sum is 0 all the same.
     __device__ Sums sums(double mean, double rstd) const
     {
-        return {settled_dy, rstd * (settled_dy_distance - lost_by(mean) * settled_dy)};
+        const double exact = settled_dy_distance - lost_by(mean) * settled_dy;
+        return {settled_dy, exact == 0 ? 0 : rstd * exact};
     }
 };
 

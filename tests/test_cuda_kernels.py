@@ -6,6 +6,7 @@ are small, and so is the device that they are planned for, so that few numbers m
 """
 
 import itertools
+from dataclasses import replace
 
 import arrays
 import host_machine
@@ -13,9 +14,9 @@ import numpy as np
 import oracle
 import pytest
 from host.build import missing
-from host.executor import Fault
+from host.executor import Fault, Kernel, device_array, device_empty
 
-from cubn.machines.cuda.plan import DeviceLimits
+from cubn.machines.cuda.plan import DeviceLimits, windows_of_a_thread
 from cubn.machines.cuda.source import translation_unit
 from cubn.problem import Problem
 
@@ -237,6 +238,22 @@ def test_tensors_are_read_and_written_where_they_lie(host, regime, place, dtype)
     np.testing.assert_array_equal(out.base, before)
 
 
+@pytest.mark.parametrize("regime", ["planes", "columns"])
+def test_packed_bits_are_read_by_windows_of_any_kind(host, regime):
+    """The forward pass packs; the backward pass meets a dy that lies where only single elements can be loaded."""
+    options = {"residual": True, "relu": True}
+    case = Case(REGIMES[regime], seed=kink_free_seed(REGIMES[regime], options), **options)
+    found = host.forward(case.problem, case.x, case.gamma, case.beta, case.residual)
+    assert found.active.ndim == 1
+    arguments = (found.moments.wide_mean, found.rstd, case.gamma, case.beta, found.moments.count)
+    for offset in (0, 1):
+        dy = placed(case.dy, offset=offset)
+        back = host.backward(case.problem, dy, case.x, *arguments, None, found.active, True)
+        oracle.assert_within(back.dx, case.exact.dx.rounded_to("float32"), "dx")
+        oracle.assert_within(back.dresidual, case.exact.dresidual.rounded_to("float32"), "dresidual")
+        oracle.assert_within(back.sums.dy, case.exact.dbeta.rounded_to("float32"), "dbeta")
+
+
 def test_rows_may_run_backwards_and_stand_still(host):
     case = Case((6, 5, 128))
     for x in (case.x[::-1].copy()[::-1], np.broadcast_to(case.x[:1], case.x.shape)):
@@ -353,6 +370,85 @@ def test_an_outlier_as_the_first_sample_of_a_thread_costs_little(host):
     np.testing.assert_allclose(batch.wide_mean, x.astype("float64").mean((0, 2)), rtol=0, atol=1e-6 * 6)
 
 
+def far_from_zero(shape):
+    """float64 around 2^40, where it ends 12 binary digits behind the point, with deviations below 1."""
+    return 2.0**40 + np.random.default_rng(4).integers(-1024, 1024, shape) * 2.0**-10
+
+
+@pytest.mark.parametrize("where", [False, True], ids=["", "where"])
+@pytest.mark.parametrize("shape", [(3, 2, 512), (300, 8, 1)], ids=str)
+def test_float64_far_from_zero_keeps_the_digits_of_its_distances(host, shape, where):
+    """Within the oracle's bounds, where that of var knows nothing of the mean."""
+    x = far_from_zero(shape)
+    mask = np.random.default_rng(5).random(shape) < 0.7 if where else None
+    if where:
+        mask[0, :, 0] = True
+    _, batch, *_ = host.forward(Problem(*shape, "float64", 0.0, None), x, None, None, None, mask)
+    exact = oracle.batch_norm(x, eps=0.0, where=mask)
+    oracle.assert_within(batch.wide_var, exact.var, "var")
+    oracle.assert_within(batch.wide_mean, exact.mean, "mean")
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 512), (300, 8, 1)], ids=str)
+def test_a_masked_first_sample_of_float64_is_not_what_means_count_from(host, shape):
+    """They count from 0 then.  At 2^40 each is known to 2^-13, and so is each gap to 2^-12, which is not much of var.
+
+    From what is hidden here, -2^60, they would be known to 2^7.
+    """
+    x, mask = far_from_zero(shape), np.ones(shape, bool)
+    mask[0, :, 0], x[0, :, 0] = False, -(2.0**60)
+    _, batch, *_ = host.forward(Problem(*shape, "float64", 0.0, None), x, None, None, None, mask)
+    exact = oracle.batch_norm(x, eps=0.0, where=mask)
+    np.testing.assert_allclose(batch.wide_var, exact.var.value.astype("float64"), rtol=1e-3)
+    np.testing.assert_allclose(batch.wide_mean, exact.mean.value.astype("float64"), rtol=0, atol=2.0**-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 2048), (300, 512, 1)], ids=str)
+def test_a_thread_sums_at_most_32_terms_at_a_time(host, shape):
+    """2^24 and 1 are 2^24 in float32, so what is summed together with 2^24 loses a one for each of the others.
+
+    Each channel is one tile, of whose steps 64 threads take a window of four each, or four rows.  A pivot is 0, for
+    it comes from the first four steps at most.  A later one begins with 2^24, and all the rest are ones.
+    """
+    host.backend.device = replace(host_machine.TINY, processors=1)
+    problem, size = Problem(*shape, "float32", 1e-3, None), shape[0] * shape[2]
+    ones, mean, rstd = np.ones(shape, "float32"), np.zeros(shape[1]), np.ones(shape[1])
+
+    def check(sums, values):
+        # A sum that is handed out as float32 is rounded to an even number here; one that comes from a mean hardly.
+        np.testing.assert_allclose(sums, values.astype("float64").sum((0, 2)), rtol=0, atol=31 + 1)
+
+    for step in (0, 4, 8, 12, 32, 36):
+        values = ones.copy()
+        if shape[2] > 1 and step < 24:
+            values[0, :, :1024], values[step // 8, :, step * 256 % 2048] = 0, 2.0**24
+        elif shape[2] == 1:
+            values[:16], values[4 * step] = 0, 2.0**24
+        if step > 0:
+            check(host.moments(problem, values).wide_mean * size, values)
+        check(host.gradient_sums(problem, values, ones, mean, rstd, None, None).dy, values)
+    for launch in host.backend.launches:
+        tiles = launch.plan.tiles
+        assert tiles.splits == tiles.fold == 1
+        assert windows_of_a_thread(tiles, launch.plan.block) * tiles.vector // tiles.lanes > 64
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("shape", [(4, 3, 256), (40, 8, 1)], ids=str)
+def test_relu_stops_the_gradient_at_exactly_zero(host, shape, residual):
+    """A constant channel with beta = 0 lies on the kink; one with beta = 1 lets everything pass."""
+    problem, x, dy = Problem(*shape, "float32", 1e-3, "relu"), np.full(shape, 2.5, "float32"), np.ones(shape, "float32")
+    beta = np.arange(shape[1], dtype="float32") % 2
+    open_or_not = np.broadcast_to(beta[:, None], shape)
+    found = host.forward(problem, x, None, beta, np.zeros_like(x) if residual else None)
+    np.testing.assert_array_equal(found.y, open_or_not)
+    statistics = found.moments.wide_mean, found.rstd, None, beta, found.moments.count
+    back = host.backward(problem, dy, x, *statistics, None, found.active, residual)
+    np.testing.assert_array_equal(back.sums.dy, open_or_not.sum((0, 2)))
+    if residual:
+        np.testing.assert_array_equal(back.dresidual, open_or_not)
+
+
 @pytest.mark.parametrize("size", [1e17, 1e15, 1e-15, 1e-17])
 @pytest.mark.parametrize("shape", [(5, 2, 256), (300, 4, 1)], ids=str)
 def test_distances_between_the_stated_limits_are_right(host, shape, size):
@@ -362,12 +458,28 @@ def test_distances_between_the_stated_limits_are_right(host, shape, size):
 
 
 def test_a_subnormal_constant_is_its_own_mean(host):
-    """CuPy compiles with -ftz=true; the mean is widened by hand."""
-    for value in (-1e-45, 3e-39):
+    """CuPy compiles with -ftz=true; the mean is widened by hand, and leaves no trace in y where beta is 0."""
+    beta = np.array([1, 0, -1], "float32")
+    for value, eps in itertools.product((-1e-45, 3e-39), (0.0, 1e-5)):
         x = np.full((4, 3, 64), value, "float32")
-        y, batch, *_ = host.forward(Problem(4, 3, 64, "float32", 0.0, None), x, None, np.ones(3, "float32"))
+        y, batch, *_ = host.forward(Problem(4, 3, 64, "float32", eps, None), x, None, beta)
         np.testing.assert_array_equal(batch.wide_mean, np.full(3, np.float32(value), "float64"))
-        np.testing.assert_array_equal(y, np.ones_like(x))
+        np.testing.assert_array_equal(y, np.broadcast_to(beta[:, None], x.shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 128), (5, 8, 1)], ids=str)
+def test_nan_stays_in_its_channel_on_the_way_back(host, shape):
+    """Here a block has threads that see no sample; theirs is no other channel's mean, not even times 0."""
+    x, dy = random(shape), random(shape, seed=1)
+    x[0, 0, 0] = np.nan
+    problem = Problem(*shape, "float32", 1e-3, None)
+    with np.errstate(all="ignore"):
+        found = host.forward(problem, x, None, None)
+        statistics = found.moments.wide_mean, found.rstd, None, None, found.moments.count
+        back = host.backward(problem, dy, x, *statistics)
+    assert np.isnan(back.dx[:, 0]).all()
+    assert np.isfinite(back.dx[:, 1:]).all()
+    assert np.isfinite(back.sums.dy_xhat[1:]).all()
 
 
 def test_eps_far_below_float32_does_not_turn_a_constant_into_nan(host):
@@ -414,3 +526,30 @@ def test_a_planted_mistake_is_noticed(host, mistake):
             except (Fault, AssertionError) as error:
                 noticed.append(str(error))
     assert noticed
+
+
+# Given statistics
+
+
+def widen_exactly(text):
+    """Runs widening.cu, or a broken text of it, on numbers that a careless conversion would change."""
+    for dtype, x_type in (("float32", 2), ("float64", 3)):
+        kernel = Kernel(text, "widening", {"X_TYPE": x_type}, 80)
+        channels, block = 70, 32
+        mean, var = (random((channels,), dtype, seed=seed) for seed in (1, 2))
+        mean[:2] = 1e-40, -np.inf
+        np.abs(var, out=var)
+        var[:5] = 0, np.inf, np.nan, 1e-30, 1e-40
+        for eps in (0.0, 1e-5):
+            wide, rstd = (device_empty((channels,), np.float64) for _ in range(2))
+            values = [device_array(array) for array in (mean, var)]
+            arguments = [*values, wide, rstd, np.int64(channels), np.float64(eps)]
+            kernel((-(-channels // block),), (block,), arguments)
+            np.testing.assert_array_equal(wide, mean)
+            with np.errstate(divide="ignore"):
+                total = var.astype(np.float64) + eps
+                np.testing.assert_array_equal(rstd, np.where(total == 0, 0, 1 / np.sqrt(total)))
+
+
+def test_given_statistics_are_widened_exactly():
+    widen_exactly(translation_unit("widening.cu"))

@@ -1,11 +1,16 @@
 """The mutation tester, on a kernel whose every line is needed, and on a check that is half asleep."""
 
+import re
+
+import cuda_mutants
 import numpy as np
 import pytest
 from host import build, mutants
 from host.executor import Kernel, device_array, device_empty
 from host.nvrtc import compile_ptx
 from host.samples import sample_text
+
+from cubn.machines.cuda.source import kernel_folder, translation_unit
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
 
@@ -29,7 +34,10 @@ def drowsy(text):
 
 def subjects():
     """For the command line."""
-    return [mutants.Subject("row_sums", TEXT, check, lambda text: _code(text)), mutants.Subject("drowsy", TEXT, drowsy)]
+    return [
+        mutants.Subject("row_sums", TEXT, [mutants.Check(check, _code)]),
+        mutants.Subject("drowsy", TEXT, [mutants.Check(drowsy)]),
+    ]
 
 
 def _code(text):
@@ -57,12 +65,69 @@ def test_a_check_without_the_checker_lets_barriers_go():
     assert all(mutant.place.startswith("rows.cu(") for mutant in survivors)
 
     key = survivors[0].key
-    excused = mutants.Subject("excused", TEXT, drowsy, redundant={key: "a reason"})
+    excused = mutants.Subject("excused", TEXT, [mutants.Check(drowsy)], redundant={key: "a reason"})
     assert [v.outcome for v in verdicts].count("survived") - 1 == len(
         mutants.complaints(excused, mutants.survey(excused, ["barriers"]))
     )
-    wrong = mutants.Subject("wrong", TEXT, check, redundant={key: "a reason"})
+    wrong = mutants.Subject("wrong", TEXT, [mutants.Check(check)], redundant={key: "a reason"})
     assert mutants.complaints(wrong, mutants.survey(wrong, ["barriers"])) == [f"declared redundant, but is not: {key}"]
+
+
+def fussy(text):
+    """Passes the original alone."""
+    assert text == TEXT
+
+
+def test_what_is_declared_redundant_must_be_so_among_the_kinds_surveyed():
+    """Of the others nothing is known, but a mutant that no kind has is always out of date."""
+    barrier, bound = (next(mutants.mutants(TEXT, [kind])).key for kind in ("barriers", "bounds"))
+    stale = "delete __syncthreads(); in: a line that is no more"
+    subject = mutants.Subject("fussy", TEXT, [mutants.Check(fussy)], redundant=dict.fromkeys((barrier, bound, stale)))
+
+    def complaints(*kinds):
+        return mutants.complaints(subject, mutants.survey(subject, kinds), kinds)
+
+    assert complaints("barriers") == [f"declared redundant, but is not: {key}" for key in (barrier, stale)]
+    assert complaints("bounds") == [f"declared redundant, but is not: {key}" for key in (bound, stale)]
+    assert complaints("logic") == [f"declared redundant, but is not: {stale}"]
+    assert len(complaints(*mutants.KINDS)) == 3
+
+
+def test_mutants_of_equal_lines_have_keys_of_their_own():
+    """Otherwise the reason for one would excuse the others."""
+    text = '#line 1 "a.cu"\n__syncthreads();\na = b;\n  __syncthreads();\nfor (; i < n && j < m;) ++i;\n'
+    assert [mutant.key for mutant in mutants.mutants(text, ["barriers", "bounds"])] == [
+        "delete __syncthreads(); in: __syncthreads();",
+        "delete __syncthreads(); in: __syncthreads(); #2",
+        "< -> <= in: for (; i < n && j < m;) ++i;",
+        "< -> <= in: for (; i < n && j < m;) ++i; #2",
+    ]
+
+
+def test_a_check_is_left_out_where_it_would_run_the_code_of_the_original():
+    """Every check of a mutant like that, and it is "same code"; some of them, and the others decide."""
+    broken = list(mutants.mutants(TEXT))
+    blind, seen = mutants.Check(fussy, lambda text: "as ever"), []
+    assert {mutants.judge(mutants.Subject("", TEXT, [blind]), m).outcome for m in broken} == {"same code"}
+    other = mutants.Check(seen.append, lambda text: text)
+    assert {mutants.judge(mutants.Subject("", TEXT, [blind, other]), m).outcome for m in broken} == {"survived"}
+    assert seen == [mutant.text for mutant in broken]
+
+
+def test_the_check_that_caught_most_comes_first():
+    order = []
+
+    def look(name, catches):
+        def run(text):
+            order.append(name)
+            assert text == TEXT or not catches
+
+        return mutants.Check(run)
+
+    subject = mutants.Subject("", TEXT, [look("sleeps", False), look("wakes", True)])
+    verdicts = [mutants.judge(subject, mutant) for mutant in list(mutants.mutants(TEXT))[:3]]
+    assert [verdict.outcome for verdict in verdicts] == ["caught"] * 3
+    assert order == ["sleeps", "wakes", "wakes", "wakes"]
 
 
 def test_mutants_differ_in_one_place_and_leave_comments_and_headers_alone():
@@ -87,12 +152,42 @@ def test_a_check_that_fails_the_unbroken_kernel_is_an_error():
     broken = TEXT.replace("sums[row] = total", "sums[row] = total + 1.f")
     assert broken != TEXT
     with pytest.raises(AssertionError):
-        mutants.survey(mutants.Subject("broken", broken, check))
+        mutants.survey(mutants.Subject("broken", broken, [mutants.Check(check)]))
 
 
 def test_the_command_line_reports_survivors(capfd):
     assert mutants.main(["test_host_mutants:subjects", "--kinds", "barriers", "--survivors-only"]) == 1
     out = capfd.readouterr().out
-    assert "row_sums: 2 mutants: 2 caught" in out
+    assert re.search(r"^row_sums: 2 mutants: 2 caught; \d+ s$", out, re.MULTILINE)
     assert "survived          rows.cu(" in out
     assert "drowsy: survived: rows.cu(" in out
+
+
+def test_the_command_line_takes_subjects_by_name(capfd):
+    command = ["test_host_mutants:subjects", "--kinds", "barriers", "--processes", "1", "--only"]
+    assert mutants.main([*command, "row_sums"]) == 0
+    out = capfd.readouterr().out
+    assert "row_sums: 2 mutants" in out
+    assert "drowsy" not in out
+    with pytest.raises(SystemExit):
+        mutants.main([*command, "row_sum"])
+    assert "there is no subject row_sum; there are row_sums, drowsy" in capfd.readouterr().err
+
+
+def test_every_kernel_file_is_broken_and_no_reason_has_lost_its_mutant():
+    """What `make mutants` finds out in half an hour, of a text that has changed since, is seen here at once."""
+    assert set(cuda_mutants.CHECKED_WITH) == {path.name for path in kernel_folder().iterdir()}
+    for file, reasons in cuda_mutants.REDUNDANT.items():
+        keys = {mutant.key for mutant in mutants.mutants(cuda_mutants.file_text(file))}
+        assert set(reasons) <= keys, file
+
+
+def test_a_broken_line_is_broken_in_the_kernels_that_reach_it():
+    for file, all_whose in cuda_mutants.CHECKED_WITH.items():
+        mutant = next(mutants.mutants(cuda_mutants.file_text(file)))
+        for whose in all_whose:
+            kernel = whose.partition(",")[0]
+            old = translation_unit(f"{kernel}.cu").splitlines()
+            new = cuda_mutants.kernel_text(kernel, file, mutant.text).splitlines()
+            changed = [pair for pair in zip(old, new, strict=True) if len(set(pair)) > 1]
+            assert [before.strip() for before, _ in changed] == [mutant.line]

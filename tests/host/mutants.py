@@ -1,19 +1,23 @@
 """Are the checks awake?  Breaks a kernel in one place at a time and reports which breaks no check notices.
 
 A mutant is the kernel with one barrier deleted, one bound shifted, one operator swapped or one condition negated.
-A check is any function that takes the text and raises when something is wrong with it: `Fault`, `AssertionError`,
-whatever.  A mutant that it lets pass has survived: a test is missing, or what was broken is redundant.
+A check runs the text and raises when something is wrong with it: `Fault`, `AssertionError`, whatever.  A mutant that
+all checks let pass has survived: a test is missing, or what was broken is redundant.
 
-    python -m host.mutants module:function [--kinds barriers bounds] [--processes 2] [--survivors-only]
+    python -m host.mutants module:function [--only moments] [--kinds barriers bounds] [--processes 2] [--survivors-only]
 
 `module.function()` returns the `Subject`s.  The exit status is 1 if a mutant survived that its subject does not
 declare redundant, or if something declared redundant was caught or does not exist.
+
+Nearly all of the time goes into compilers, so a check is left out where it would run the code that the unbroken
+kernel has, and those come first that have caught most so far.
 """
 
 import argparse
 import importlib
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,11 +50,29 @@ class Mutant:
     change: str  # "delete __syncthreads();"
     line: str  # as it was
     text: str = field(repr=False)
+    number: int = 1  # among those of the text with this change in such a line
 
     @property
     def key(self) -> str:
-        """What names the mutant as long as its line stays as it is, wherever it moves."""
-        return f"{self.change} in: {self.line}"
+        """What names the mutant as long as its line stays as it is, wherever it moves past lines that differ."""
+        return f"{self.change} in: {self.line}" + (f" #{self.number}" if self.number > 1 else "")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at a kernel.
+
+    Attributes
+    ----------
+    run : function of the text
+        Raises when something is wrong.
+    code : function of the text, optional
+        What the compiler makes of it for this check, for example `compile_ptx(...)`.  A mutant for which that is
+        what it is for the original would pass as the original does, and is not run.
+    """
+
+    run: Callable[[str], object]
+    code: Callable[[str], Hashable] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +85,8 @@ class Subject:
         For the report.
     text : str
         The kernel, headers pasted in; `#line` marks say where its lines come from.
-    check : function of the text
-        Raises when something is wrong.
-    same : function of the text, optional
-        What the compiler makes of it, for example `compile_ptx(...)`; a mutant equal to the original is left out.
+    checks : sequence of Check
+        What has to notice.
     files : sequence of str
         Break only lines of these files; all of them when empty.
     redundant : mapping of `Mutant.key` to str
@@ -75,15 +95,17 @@ class Subject:
 
     name: str
     text: str
-    check: Callable[[str], object]
-    same: Callable[[str], Hashable] | None = None
+    checks: Sequence[Check]
     files: Sequence[str] = ()
     redundant: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: "caught", "survived", "redundant", "same code" or "does not compile"."""
+    """What became of a mutant: "caught", "survived", "redundant", "same code" or "does not compile".
+
+    "same code" is what no check could notice because the compiler made of it what it made of the original, always.
+    """
 
     mutant: Mutant
     outcome: str
@@ -96,14 +118,16 @@ class Verdict:
 def mutants(text: str, kinds: Iterable[str] = KINDS, files: Sequence[str] = ()) -> Iterator[Mutant]:
     """Every mutant of a text, in the order of its lines."""
     code = _blank_comments(text)
-    places = _places(text)
+    origins, lines = places(text), text.splitlines()
+    alike: Counter[tuple[str, str]] = Counter()
     changes = sorted(change for kind in kinds for change in _changes(code, kind))
     for start, end, new, label in changes:
         number = text.count("\n", 0, start)
-        file, line = places[number]
+        file, line = origins[number]
         if line and (not files or file in files):
-            whole = text.splitlines()[number].strip()
-            yield Mutant(f"{file}({line})", label, whole, text[:start] + new + text[end:])
+            whole = lines[number].strip()
+            alike[label, whole] += 1
+            yield Mutant(f"{file}({line})", label, whole, text[:start] + new + text[end:], alike[label, whole])
 
 
 def _changes(code: str, kind: str) -> Iterator[tuple[int, int, str, str]]:
@@ -142,47 +166,57 @@ def _blank_comments(text: str) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/|^[ \t]*#[^\n]*", blank, text, flags=re.DOTALL | re.MULTILINE)
 
 
-def _places(text: str) -> list[tuple[str, int]]:
+def places(text: str) -> list[tuple[str, int]]:
     """For each line of the text, the file and line that it comes from; line 0 for the marks themselves."""
-    places, file, number = [], "kernel.cu", 0
+    origins, file, number = [], "kernel.cu", 0
     for line in text.splitlines():
         if mark := re.fullmatch(r'#line (\d+) "(.+)"', line):
             file, number = mark[2], int(mark[1]) - 1
-            places.append((file, 0))
+            origins.append((file, 0))
         else:
             number += 1
-            places.append((file, number))
-    return places
+            origins.append((file, number))
+    return origins
 
 
 def judge(subject: Subject, mutant: Mutant) -> Verdict:
-    """Run the subject's check on a mutant."""
-    try:
-        if subject.same and subject.same(mutant.text) == subject.same(subject.text):
-            return Verdict(mutant, "same code")
-        subject.check(mutant.text)
-    except CompileError:
-        return Verdict(mutant, "does not compile")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:90]
-        return Verdict(mutant, "caught", f"{type(error).__name__}: {reason}")
+    """Run the subject's checks on a mutant until one fails."""
+    differs = False
+    for check in sorted(subject.checks, key=_catches.__getitem__, reverse=True):
+        try:
+            if check.code and check.code(mutant.text) == check.code(subject.text):
+                continue
+            differs = True
+            check.run(mutant.text)
+        except CompileError:
+            return Verdict(mutant, "does not compile")
+        except Exception as error:
+            _catches[check] += 1
+            reason = " ".join(str(error).split())[:90]
+            return Verdict(mutant, "caught", f"{type(error).__name__}: {reason}")
     if mutant.key in subject.redundant:
         return Verdict(mutant, "redundant", subject.redundant[mutant.key])
-    return Verdict(mutant, "survived", mutant.line)
+    return Verdict(mutant, "survived" if differs else "same code", mutant.line)
+
+
+_catches: Counter[Check] = Counter()
 
 
 def survey(subject: Subject, kinds: Iterable[str] = KINDS) -> list[Verdict]:
-    """The verdict on every mutant, after a look at whether the check passes the unbroken kernel."""
-    subject.check(subject.text)
+    """The verdict on every mutant, after a look at whether the checks pass the unbroken kernel."""
+    for check in subject.checks:
+        check.run(subject.text)
     return [judge(subject, mutant) for mutant in mutants(subject.text, kinds, subject.files)]
 
 
-def complaints(subject: Subject, verdicts: Iterable[Verdict]) -> list[str]:
-    """What is wrong with the checks, or with what the subject declares redundant."""
+def complaints(subject: Subject, verdicts: Iterable[Verdict], kinds: Iterable[str] = KINDS) -> list[str]:
+    """What is wrong with the checks, or with what the subject declares redundant among the kinds surveyed."""
     verdicts = list(verdicts)
-    used = {verdict.mutant.key for verdict in verdicts if verdict.outcome == "redundant"}
+    excused = {verdict.mutant.key for verdict in verdicts if verdict.outcome == "redundant"}
+    unseen = mutants(subject.text, set(KINDS) - set(kinds), subject.files)
+    excused |= {mutant.key for mutant in unseen}
     found = [f"survived: {v.mutant.place}: {v.mutant.key}" for v in verdicts if v.outcome == "survived"]
-    return found + [f"declared redundant, but is not: {key}" for key in subject.redundant if key not in used]
+    return found + [f"declared redundant, but is not: {key}" for key in subject.redundant if key not in excused]
 
 
 def _load(target: str) -> list[Subject]:
@@ -206,29 +240,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m host.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("target", help="module:function that returns the subjects")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the subjects to break; all of them when not given")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to break")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--survivors-only", action="store_true", help="do not print the mutants that were caught")
     options = parser.parse_args(arguments)
     kinds, wrong = tuple(options.kinds), []
+    subjects = _load(options.target)
+    names = [subject.name for subject in subjects]
+    if strangers := sorted(set(options.only or ()) - set(names)):
+        parser.error(f"there is no subject {', '.join(strangers)}; there are {', '.join(names)}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        for number, subject in enumerate(_load(options.target)):
-            subject.check(subject.text)
+        for place, subject in enumerate(subjects):
+            if subject.name not in (options.only or names):
+                continue
+            start = time.monotonic()
+            for check in subject.checks:
+                check.run(subject.text)
             count = sum(1 for _ in mutants(subject.text, kinds, subject.files))
             verdicts = []
-            for verdict in pool.map(_judge_numbered, ((options.target, number, i, kinds) for i in range(count))):
+            for verdict in pool.map(_judge_numbered, ((options.target, place, i, kinds) for i in range(count))):
                 verdicts.append(verdict)
                 if verdict.outcome == "survived" or not options.survivors_only:
                     print(verdict, flush=True)
             outcomes = Counter(verdict.outcome for verdict in verdicts)
-            print(
-                f"{subject.name}: {len(verdicts)} mutants: "
-                + ", ".join(f"{n} {o}" for o, n in sorted(outcomes.items())),
-                flush=True,
-            )
-            # With some kinds left out, what is redundant among them cannot be seen.
-            seen = [c for c in complaints(subject, verdicts) if kinds == KINDS or c.startswith("survived")]
-            wrong += [f"{subject.name}: {complaint}" for complaint in seen]
+            became = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items())) or "none"
+            print(f"{subject.name}: {count} mutants: {became}; {time.monotonic() - start:.0f} s", flush=True)
+            wrong += [f"{subject.name}: {complaint}" for complaint in complaints(subject, verdicts, kinds)]
     print(*wrong, sep="\n")
     return 1 if wrong else 0
 
