@@ -15,7 +15,7 @@ import pstats
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -27,9 +27,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent)]
 
 import cubn  # noqa: E402
+from cubn.machines.cuda.backend import Launch, Part  # noqa: E402
 from cubn.machines.cuda.machine import KernelMachine  # noqa: E402
 from cubn.machines.cuda.plan import DEVICES, DeviceLimits, LaunchPlan  # noqa: E402
 from cubn.namespace import why_no_cuda  # noqa: E402
+from cubn.problem import Problem  # noqa: E402
 
 SHAPES = ((8, 64, 8, 8), (512, 64))
 TURNS, CALLS = 15, 300
@@ -43,6 +45,9 @@ class IdleBackend:
     def __init__(self) -> None:
         self.memory = tuple(np.zeros(1 << 16, np.uint32) for _ in range(3))
 
+    def current_device(self) -> int:
+        return 0
+
     def on_device_of(self, array: np.ndarray) -> Any:
         return nullcontext()
 
@@ -51,6 +56,12 @@ class IdleBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.empty(shape, dtype)
+
+    def block(self, size: int) -> np.ndarray:
+        return np.empty(size, np.uint8)
+
+    def view(self, block: np.ndarray, part: Part) -> np.ndarray:
+        return np.ndarray(part.shape, part.dtype, block, part.offset)
 
     def contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
         return np.ascontiguousarray(array, dtype)
@@ -67,6 +78,16 @@ class IdleBackend:
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         """Nothing."""
 
+    def bind(self, plan: LaunchPlan, arguments: Mapping[str, Any]) -> Launch:
+        return nothing
+
+    def widening(self, problem: Problem) -> Callable[..., None]:
+        return nothing
+
+
+def nothing(*_: Any) -> None:
+    """What a launch does here."""
+
 
 def calls(xp: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     """The calls of a training step and of inference, with memory for the result and without."""
@@ -75,11 +96,13 @@ def calls(xp: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     gamma, beta, mean = (xp.zeros(shape[1], "float32") for _ in range(3))
     var = xp.ones(shape[1], "float32")
     _, saved = cubn.batch_norm(x, gamma, beta)
+    layer = cubn.BatchNorm(shape[1], device="cpu" if xp is np else "cuda")
     return {
         "forward": lambda: cubn.batch_norm(x, gamma, beta),
         "forward, out": lambda: cubn.batch_norm(x, gamma, beta, out=y),
         "backward": lambda: cubn.batch_norm_backward(dy, saved),
         "backward, out": lambda: cubn.batch_norm_backward(dy, saved, out=dx),
+        "layer": lambda: layer(x),
         "inference": lambda: cubn.batch_norm_inference(x, mean, var, gamma, beta),
         "inference, out": lambda: cubn.batch_norm_inference(x, mean, var, gamma, beta, out=y),
     }
@@ -88,7 +111,7 @@ def calls(xp: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
 def microseconds(call: Callable[[], Any]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     for _ in range(20):
-        call()
+        call()  # what is decided once for its form is decided here
     found = []
     for _ in range(TURNS):
         start = time.perf_counter()

@@ -30,8 +30,13 @@ _forced: ContextVar[str | None] = ContextVar("cubn_machine", default=None)
 
 def machine_for(library: Library) -> Machine:
     """The machine that computes on arrays of this library."""
-    forced = _forced.get()
-    return _machine_of(library.name) if forced is None else _load(forced)
+    return chosen() or _machine_of(library.name)
+
+
+def chosen() -> Machine | None:
+    """The machine that `use_machine` has named; None where each library has its own."""
+    name = _forced.get()
+    return None if name is None else _load(name)
 
 
 @contextmanager

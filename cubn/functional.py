@@ -1,17 +1,30 @@
 """The functions of batch normalisation: check the call, let a machine compute, hand out the result."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cubn.chunks import as_dask, is_dask, map_chunks
-from cubn.dispatch import machine_for
+from cubn.dispatch import chosen, machine_for
+from cubn.forms import FORMS, addresses_of, form_of
 from cubn.machines import Backward, Running
 from cubn.moments import Moments, reciprocal_std
 from cubn.namespace import Array, dtype_name, is_static_count, widest_float
+from cubn.prepared import (
+    FORWARD,
+    INFERENCE,
+    Kept,
+    PreparedBackward,
+    PreparedForward,
+    forward_options,
+    inference_options,
+    learn_backward,
+    learn_forward,
+    learn_inference,
+    preparing,
+)
 from cubn.problem import Call, Problem, pose, require_training_samples, require_variance
 from cubn.state import RunningStatistics
 from cubn.sync import Sync
@@ -45,7 +58,6 @@ class Gradients(NamedTuple):
     dresidual: Array | None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Saved:
     """What `batch_norm_backward` needs of the forward pass.
 
@@ -67,15 +79,53 @@ class Saved:
     (True, array([3.]), array([0.5]))
     """
 
-    x: Array
-    moments: Moments
-    call: Call
-    operands: "Operands"
+    __slots__ = ("_call", "_found", "_kept", "_x")
+
+    def __init__(
+        self, x: Array, call: Call, kept: Kept | None, found: "tuple[Moments, Operands] | None" = None
+    ) -> None:
+        """`found` is made when somebody looks, out of what a prepared pass has kept."""
+        self._x = x
+        self._call = call
+        self._kept = kept
+        self._found = found
+
+    @property
+    def x(self) -> Array:
+        """The input itself."""
+        return self._x
+
+    @property
+    def moments(self) -> Moments:
+        """Of the batch; of all ranks together where `sync` was given."""
+        return self._look()[0]
 
     @property
     def rstd(self) -> Array:
         """(var + eps) ** -1/2 per channel."""
-        return self.call.user_channels(self.operands.rstd)
+        return self._call.user_channels(self.operands.rstd)
+
+    @property
+    def call(self) -> Call:
+        """The call of the forward pass."""
+        return self._call
+
+    @property
+    def operands(self) -> "Operands":
+        """Its arrays."""
+        return self._look()[1]
+
+    def _look(self) -> "tuple[Moments, Operands]":
+        if self._found is None:
+            assert self._kept is not None
+            (_, call, run, *_), left, gamma, beta, has_residual = self._kept
+            batch, rstd = run.statistics(left)
+            operands = Operands(
+                call.canonical(self._x), batch.wide_mean, rstd, gamma, beta, batch.count, None, run.active(left),
+                has_residual, None,
+            )  # fmt: skip
+            self._found = batch, operands
+        return self._found
 
     def __repr__(self) -> str:
         problem = self.call.problem
@@ -173,10 +223,7 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var
     (array([2.]), array([1.]))
     """
-    y, saved, _ = training_forward(
-        x, gamma, beta, channel_axis=channel_axis, eps=eps, activation=activation,
-        residual=residual, where=where, sync=sync, out=out,
-    )  # fmt: skip
+    y, saved, _ = training_forward(x, gamma, beta, channel_axis, eps, activation, residual, where, sync, out)
     return y, saved
 
 
@@ -184,7 +231,6 @@ def training_forward(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
-    *,
     channel_axis: int | Sequence[int],
     eps: float,
     activation: str | None,
@@ -197,6 +243,16 @@ def training_forward(
     empty_allowed: bool = False,
 ) -> tuple[Array, Saved, RunningStatistics | None]:
     """`batch_norm` as a layer needs it: `running` absorbs the batch, and a batch may be of no samples at all."""
+    if sync is None and where is None and x.__class__ in FORMS:
+        mean, var = (None, None) if running is None else (running.mean, running.var)
+        options = forward_options(channel_axis, eps, activation)
+        form, addresses = form_of(options, x, gamma, beta, residual, out, mean, var)
+        prepared = FORWARD.get(form)
+        if prepared is not None and prepared.reach.apart(addresses):
+            if running is not None:
+                return _pass_forward(prepared, x, gamma, beta, residual, out, running, momentum)
+            y, left = prepared.run(x, gamma, beta, residual, out, None)
+            return y, Saved(x, prepared.call, (prepared, left, gamma, beta, residual is not None)), None
     with together(sync):  # what is wrong here is raised on every rank
         x, call = pose(x, channel_axis=channel_axis, eps=eps, activation=activation)
         problem = call.problem
@@ -210,14 +266,21 @@ def training_forward(
 
         machine = machine_for(call.library)
         x_c = call.canonical(x)
+        at_once = None
+        if running is not None and sync is None and where is None:
+            at_once = _running(call, running, momentum)
+        able = preparing(machine)
+        if able is not None and sync is None and where is None and (running is None) == (at_once is None):
+            options = forward_options(channel_axis, eps, activation)
+            prepared = learn_forward(able, call, options, x, gamma, beta, residual, out, at_once)
+            if prepared is not None:
+                return _pass_forward(prepared, x, gamma, beta, residual, out, running, momentum)
         target, view = call.destination(out)
         if sync is not None:
             with np.errstate(all="ignore"):
                 share = machine.moments(problem, x_c, where_c)
-    moved, at_once = None, None
-    if running is not None and sync is None and where is None:
-        at_once = _running(call, running, momentum)
     with np.errstate(all="ignore"):  # NaN and infinity are results here, not accidents
+        moved = None
         if sync is None:
             result, batch, rstd, active, moved = machine.forward(
                 problem, x_c, gamma_c, beta_c, residual_c, where_c, view, at_once
@@ -234,7 +297,7 @@ def training_forward(
         x_c, batch.wide_mean, rstd, gamma_c, beta_c, batch.count, where_c, active, residual is not None,
         None if sync is None else sync.size,
     )  # fmt: skip
-    saved = Saved(x, _for_user(call, batch), call, operands)
+    saved = Saved(x, call, None, (_for_user(call, batch), operands))
     if running is not None:
         if moved is None:
             running = running.absorb(saved.moments, momentum)
@@ -299,6 +362,16 @@ def batch_norm_backward(
     >>> bool(np.abs(grads.dx.sum(axis=0)).max() < 1e-12)     # the mean was taken away
     True
     """
+    kept = saved._kept if isinstance(saved, Saved) else None
+    if sync is None and kept is not None and dy.__class__ in FORMS:
+        forward, _, gamma, beta, _ = kept
+        form, addresses = form_of((chosen(),), dy, out)
+        prepared = forward.backward.get(form)
+        x = saved._x
+        if out is not None:
+            addresses += addresses_of(x, gamma, beta)
+        if prepared is not None and prepared.reach.apart(addresses):
+            return _pass_backward(prepared, kept, dy, x, out)
     with together(sync):
         if not isinstance(saved, Saved):
             raise TypeError(
@@ -318,11 +391,15 @@ def batch_norm_backward(
                 out, dy=dy, x=saved.x, gamma=operands.gamma, beta=operands.beta, where=operands.where
             )  # fmt: skip
         machine = machine_for(call.library)
+        wants_dresidual = operands.has_residual and _changes_gradient(call.problem, operands.where)
+        if sync is None and kept is not None and (able := preparing(machine)) is not None:
+            prepared = learn_backward(able, call, kept, dy, saved.x, out, wants_dresidual)
+            if prepared is not None:
+                return _pass_backward(prepared, kept, dy, saved.x, out)
         target, view = call.destination(out)
         problem, count = call.problem, operands.count
         x, mean, rstd, gamma, beta = operands[:5]
         where, active = operands.where, operands.active
-        wants_dresidual = operands.has_residual and _changes_gradient(problem, where)
         if sync is not None:
             with np.errstate(all="ignore"):
                 sums = machine.gradient_sums(problem, dy_c, x, mean, rstd, gamma, beta, where, active)
@@ -396,6 +473,13 @@ def batch_norm_inference(
     array([[ 1.],
            [-1.]])
     """
+    if where is None and x.__class__ in FORMS:
+        options = inference_options(channel_axis, eps, activation, x, residual, out)
+        form, addresses = form_of(options, x, residual, mean, var, gamma, beta, out)
+        prepared = INFERENCE.get(form)
+        if prepared is not None and prepared.reach.apart(addresses):
+            require_variance(var, prepared.call.library)
+            return prepared.run(x, mean, var, gamma, beta, residual, out)
     x, call = pose(x, channel_axis=channel_axis, eps=eps, activation=activation)
     mean_c, rstd_c = _constants(call, mean, var)
     gamma_c, beta_c = _parameters(call, gamma, beta)
@@ -408,9 +492,16 @@ def batch_norm_inference(
         )  # fmt: skip
     elif is_dask(x):
         return _by_chunks(x, call, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual, where=where)
+    machine = machine_for(call.library)
+    able = preparing(machine)
+    if able is not None and where is None:
+        options = inference_options(channel_axis, eps, activation, x, residual, out)
+        prepared = learn_inference(able, call, options, x, mean, var, gamma, beta, residual, out)
+        if prepared is not None:
+            return prepared.run(x, mean, var, gamma, beta, residual, out)
     target, view = call.destination(out)
     with np.errstate(all="ignore"):
-        result, _ = machine_for(call.library).normalize(
+        result, _ = machine.normalize(
             call.problem, call.canonical(x), mean_c, rstd_c, gamma_c, beta_c, residual_c, where_c, view, keep=False
         )
     return call.deliver(result, target, view)
@@ -562,6 +653,36 @@ def _parameters(call: Call, gamma: Array | None, beta: Array | None) -> tuple[Ar
         None if gamma is None else call.per_channel("gamma", gamma),
         None if beta is None else call.per_channel("beta", beta),
     )
+
+
+def _pass_forward(
+    prepared: PreparedForward,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    residual: Array | None,
+    out: Array | None,
+    running: RunningStatistics | None,
+    momentum: float | None,
+) -> tuple[Array, Saved, RunningStatistics | None]:
+    """What `training_forward` returns, by a prepared pass."""
+    _, call, run, *_ = prepared
+    moving = None if running is None else Running(running.mean, running.var, float(running.weight(momentum)))
+    y, left = run(x, gamma, beta, residual, out, moving)
+    saved = Saved(x, call, (prepared, left, gamma, beta, residual is not None))
+    if running is not None:
+        moved = run.moved(left)
+        assert moved is not None
+        running = RunningStatistics(*moved, running.num_batches_tracked + 1)
+    return y, saved, running
+
+
+def _pass_backward(prepared: PreparedBackward, kept: Kept, dy: Array, x: Array, out: Array | None) -> Gradients:
+    """What `batch_norm_backward` returns, by a prepared pass."""
+    run = prepared.run
+    _, left, gamma, beta, has_residual = kept
+    dx, dgamma, dbeta, dresidual = run(dy, x, gamma, beta, left, out)
+    return Gradients(dx, dgamma, dbeta, dy if has_residual and dresidual is None else dresidual)
 
 
 def _constants(call: Call, mean: Array, var: Array) -> tuple[Array, Array]:

@@ -198,9 +198,8 @@ class BatchNorm:
             x = self._require_input(x)
         if with_batch:
             y, self._saved, self._running = training_forward(
-                x, self.gamma, self.beta, channel_axis=self.channel_axis, eps=self.eps,
-                activation=self.activation, residual=residual, where=where, sync=self.sync, out=out,
-                running=self._running, momentum=self.momentum, empty_allowed=True,
+                x, self.gamma, self.beta, self.channel_axis, self.eps, self.activation, residual, where, self.sync, out,
+                self._running, self.momentum, empty_allowed=True,
             )  # fmt: skip
             return y
         return self._infer(x, residual, where, out)
@@ -468,17 +467,20 @@ class BatchNorm:
         if not is_array(x):
             x = np.asarray(x)
         library = library_of(x).name
-        if self._arrays() and library != self._xp.__name__:
+        holds_arrays = self.gamma is not None or self._running is not None
+        if holds_arrays and library != self._xp.__name__:
             raise DeviceError(
                 f"x is an array of {library}, but this layer lives on {self.device} and holds arrays of "
                 f"{self._xp.__name__}; pass x as one of those, or move the layer with to()."
             )
         shape = tuple(x.shape)
         axes = self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
-        if all(-len(shape) <= axis < len(shape) for axis in axes):
-            found = tuple(shape[axis] for axis in axes)
-            if found != self.channel_shape:
-                raise ShapeError(self._wrong_channels(shape, found))
+        try:
+            found = tuple([shape[axis] for axis in axes])
+        except IndexError:
+            found = self.channel_shape  # the axis is what is wrong, and will be spoken of
+        if found != self.channel_shape:
+            raise ShapeError(self._wrong_channels(shape, found))
         if self.dtype == "float64" and dtype_name(x.dtype) in ("float16", "bfloat16", "float32"):
             raise DTypeError(
                 f"x has dtype {dtype_name(x.dtype)}, but this layer holds float64, which is not narrowed silently; "

@@ -12,12 +12,19 @@ from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 from math import prod
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cubn.errors import ShapeError
 from cubn.namespace import Array, Library
+
+
+class MemoryOrder(NamedTuple):
+    """How a new array lies in memory: its shape there, and the axes to transpose it by, if at all."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,11 @@ class Layout:
         return tuple(self.shape[axis] for axis in self.order)
 
     @cached_property
-    def _shape_in_memory(self) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in self.memory_order)
+    def memory(self) -> MemoryOrder:
+        """Of results, which have the memory order of x."""
+        shape = tuple(self.shape[axis] for axis in self.memory_order)
+        straight = self.memory_order == tuple(range(len(shape)))
+        return MemoryOrder(shape, None if straight else _invert(self.memory_order))
 
     @cached_property
     def _admitted(self) -> dict[tuple[int, ...], bool]:
@@ -97,11 +107,12 @@ class Layout:
 
     def allocate(self, library: Library, dtype: Any) -> tuple[Array, Array | None]:
         """A new array with the memory order of x, and its canonical view (None where it has none)."""
-        memory = library.empty(self._shape_in_memory, dtype)
+        shape, axes = self.memory
+        memory = library.empty(shape, dtype)
+        result = memory if axes is None else memory.transpose(axes)
         if self.memory_order != self.order:
-            return memory.transpose(_invert(self.memory_order)), None
-        view = memory.reshape(self.outer, self.channels, self.inner)
-        return (memory if self._straight else memory.transpose(self._inverse)), view
+            return result, None
+        return result, memory.reshape(self.outer, self.channels, self.inner)
 
     def admits(self, strides: tuple[int, ...]) -> bool:
         """True if an array of this shape with those strides can be seen in this form without a copy."""

@@ -139,18 +139,9 @@ class Call:
             and values.flags.aligned
         ):
             return values  # what a training loop passes, thousands of times a second
+        if self.takes(values):
+            return values
         layout, wanted = self.layout, self.problem.statistics_dtype
-        if (
-            len(layout.channel_axes) == 1
-            and self.library.strided
-            and is_array(values)
-            and values.shape == (self.problem.channels,)
-            and dtype_name(values.dtype) == wanted
-            and library_of(values) is self.library
-            and (type(values) is np.ndarray or not self.library.is_numpy)
-            and _plain(values)
-        ):
-            return values  # likewise, of CuPy
         weak = not is_array(values)
         values = self._of_this_library(name, values)
         if tuple(values.shape) != layout.channel_shape:
@@ -165,6 +156,23 @@ class Call:
             with self.library.here():
                 values = self.library.xp.astype(values, self.statistics_dtype)
         return layout.flatten(values, self.library.xp)
+
+    def takes(self, values: Any) -> bool:
+        """True if values per channel are used as they are: memory of NumPy or CuPy, and nothing to rearrange in it."""
+        return bool(
+            len(self.layout.channel_axes) == 1
+            and self.library.strided
+            and is_array(values)
+            and values.shape == (self.problem.channels,)
+            and dtype_name(values.dtype) == self.problem.statistics_dtype
+            and library_of(values) is self.library
+            and (type(values) is np.ndarray or not self.library.is_numpy)
+            and _plain(values)
+        )
+
+    def sees(self, array: Array) -> bool:
+        """True if the canonical form of an array of x's shape is a view of it."""
+        return self.library.strided and self.layout.in_place and self.layout.admits(array.strides) and _plain(array)
 
     def user_channels(self, values: Array | None) -> Array | None:
         """Per-channel results in the shape and dtype that users see."""

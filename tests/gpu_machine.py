@@ -6,14 +6,17 @@ same distance from a vector boundary and with the same strides, and every result
 """
 
 import ctypes
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from cubn.machines.cuda.backend import Launch, LaunchByName, Part
 from cubn.machines.cuda.machine import KernelMachine
 from cubn.machines.cuda.plan import KERNELS, DeviceLimits, LaunchPlan
+from cubn.problem import Problem
 
 BOUNDARY = 256
 
@@ -26,6 +29,9 @@ class MirroringBackend:
         from cubn.machines.cuda.launch import CupyBackend  # needs CuPy, so not before it is used
 
         return CupyBackend()
+
+    def current_device(self) -> int:
+        return self._device.current_device()
 
     def on_device_of(self, array: np.ndarray) -> Any:
         return nullcontext()
@@ -43,6 +49,12 @@ class MirroringBackend:
         start = -memory.ctypes.data % BOUNDARY
         return memory[start : start + size].view(dtype).reshape(shape)
 
+    def block(self, size: int) -> np.ndarray:
+        return self.empty((size,), np.uint8)
+
+    def view(self, block: np.ndarray, part: Part) -> np.ndarray:
+        return np.ndarray(part.shape, part.dtype, block, part.offset)
+
     def contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
         array = np.ascontiguousarray(array, dtype)
         if array.ctypes.data % 16:
@@ -56,6 +68,21 @@ class MirroringBackend:
 
     def workspace(self, plan: LaunchPlan) -> Any:
         return self._device.workspace(plan)
+
+    def bind(self, plan: LaunchPlan, arguments: Mapping[str, Any]) -> Launch:
+        return LaunchByName(self, plan, arguments)
+
+    def widening(self, problem: Problem) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
+        import cupy
+
+        widen = self._device.widening(problem)
+
+        def on_copies(mean: np.ndarray, var: np.ndarray, block: np.ndarray) -> None:
+            memory = cupy.cuda.alloc(block.size)
+            widen(cupy.asarray(mean), cupy.asarray(var), memory)
+            block[...] = cupy.ndarray(block.shape, np.uint8, memory).get()
+
+        return on_copies
 
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         mirrors: list[_Mirror] = []
@@ -111,3 +138,6 @@ gradient_sums = MACHINE.gradient_sums
 input_gradient = MACHINE.input_gradient
 forward = MACHINE.forward
 backward = MACHINE.backward
+prepare_forward = MACHINE.prepare_forward
+prepare_backward = MACHINE.prepare_backward
+prepare_inference = MACHINE.prepare_inference

@@ -4,16 +4,21 @@ What NumPy holds is copied into the executor's device memory at the same distanc
 poison instead of what a result held before, and results are copied back.
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from host.executor import Kernel, device_array, device_empty, unwritten
 
-from cubn.machines.cuda.machine import WORKSPACE, KernelMachine, typed_arguments
+from cubn.machines.cuda.backend import WORKSPACE, LaunchByName, Part
+from cubn.machines.cuda.backend import Launch as Bound
+from cubn.machines.cuda.machine import KernelMachine, typed_arguments
 from cubn.machines.cuda.plan import KERNELS, DeviceLimits, LaunchPlan, blocks_at_once
 from cubn.machines.cuda.source import translation_unit
+from cubn.problem import Problem
 
 TINY = DeviceLimits("tiny", arch=80, processors=2, threads_per_block=64, grid=3)
 """No such device exists: small tensors meet several tiles per channel, and more tiles than blocks."""
@@ -57,6 +62,9 @@ class HostBackend:
         self._arrivals = np.zeros(0, np.uint32)
         self._barriers = np.zeros(0, np.uint32)
 
+    def current_device(self) -> int:
+        return 0
+
     def on_device_of(self, array: np.ndarray) -> Any:
         return nullcontext()
 
@@ -66,6 +74,12 @@ class HostBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         self.allocated.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return device_empty(shape, dtype, "result")
+
+    def block(self, size: int) -> np.ndarray:
+        return self.empty((size,), np.uint8)
+
+    def view(self, block: np.ndarray, part: Part) -> np.ndarray:
+        return np.ndarray(part.shape, part.dtype, block, part.offset)
 
     def contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
         array = np.ascontiguousarray(array, dtype)
@@ -93,6 +107,12 @@ class HostBackend:
             arch = 90 if plan.cluster > 1 else min(80, self.device.arch)
             self._kernels[key] = Kernel(text, plan.kernel, dict(plan.constants), arch, self.checked)
         return self._kernels[key]
+
+    def bind(self, plan: LaunchPlan, arguments: Mapping[str, Any]) -> Bound:
+        return LaunchByName(self, plan, arguments)
+
+    def widening(self, problem: Problem) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
+        return partial(widen, problem.eps)
 
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         results = KERNELS[plan.kernel][1].split()
@@ -124,6 +144,15 @@ class HostBackend:
         assert not (self._barriers & 0x7FFFFFFF).any(), "a barrier was left behind"
         for name, mirror in outputs.items():
             mirror.fetch_into(arrays[name])
+
+
+def widen(eps: float, mean: np.ndarray, var: np.ndarray, block: np.ndarray) -> None:
+    """What `Backend.widening` says, in NumPy."""
+    wide = np.ndarray((2, *mean.shape), np.float64, block)
+    wide[0] = mean
+    total = var.astype(np.float64) + eps
+    with np.errstate(all="ignore"):
+        wide[1] = np.where(total == 0, 0, 1 / np.sqrt(total))
 
 
 class _Mirror:
@@ -171,3 +200,6 @@ gradient_sums = MACHINE.gradient_sums
 input_gradient = MACHINE.input_gradient
 forward = MACHINE.forward
 backward = MACHINE.backward
+prepare_forward = MACHINE.prepare_forward
+prepare_backward = MACHINE.prepare_backward
+prepare_inference = MACHINE.prepare_inference

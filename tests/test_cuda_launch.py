@@ -20,6 +20,8 @@ from host.build import missing
 from host.executor import Kernel, device_array, device_empty
 
 import cubn
+from cubn.layout import MemoryOrder
+from cubn.machines import Running
 from cubn.machines.cuda.plan import LaunchPlan, Memory, moments_plan
 from cubn.problem import Problem
 
@@ -74,6 +76,22 @@ class Stream:
 
     def is_capturing(self):
         return self.capturing
+
+
+class Pointer:
+    """Memory, as CuPy hands it out and makes arrays of."""
+
+    def __init__(self, memory, offset=0):
+        self.memory, self.ptr = memory, memory.ctypes.data + offset
+
+    def __add__(self, offset):
+        return Pointer(self.memory, self.ptr - self.memory.ctypes.data + offset)
+
+
+def array_in(shape, dtype, pointer=None):
+    if pointer is None:
+        return device_empty(shape, dtype).view(Array)
+    return np.ndarray(shape, dtype, pointer.memory, pointer.ptr - pointer.memory.ctypes.data).view(Array)
 
 
 class OutOfMemoryError(MemoryError):
@@ -167,7 +185,8 @@ def cupy(monkeypatch):
     vars(stand_in).update(
         __version__="14.2.0",
         RawKernel=RawKernel,
-        empty=lambda shape, dtype: device_empty(shape, dtype).view(Array),
+        ndarray=array_in,
+        empty=lambda shape, dtype: device_empty(shape, dtype).view(Array),  # workspaces alone
         zeros=lambda shape, dtype: device_array(np.zeros(shape, dtype)).view(Array),
         ascontiguousarray=lambda array, dtype: (
             array if array.dtype == dtype else device_array(np.asarray(array, dtype)).view(Array)
@@ -178,6 +197,7 @@ def cupy(monkeypatch):
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             get_current_stream=lambda: stand_in.stream,
             Device=Device,
+            alloc=lambda size: Pointer(device_empty(size, np.uint8)),
         ),
         stream=Stream(7),
         contexts=contexts,
@@ -220,7 +240,7 @@ def test_a_device_is_proved_by_a_small_batch_that_comes_out_right(launch, cupy, 
         return spoilt(file).replace("+ eps;", "+ eps + 100.0;")
 
     monkeypatch.setattr(launch, "translation_unit", without_eps)
-    launch.MACHINE.backend.__init__()  # forget what was compiled
+    launch.MACHINE.__init__("cuda", launch.CupyBackend())  # has compiled nothing
     with pytest.raises(cubn.KernelError, match=r"y of a small batch is wrong by .* on Stand-in \(sm_80"):
         launch.prove(0)
 
@@ -305,7 +325,7 @@ def test_too_little_memory_says_what_was_asked_for(launch, cupy, x):
     def refuse(shape, dtype):
         raise OutOfMemoryError("Out of memory allocating 44,800 bytes")
 
-    cupy.empty = refuse
+    cupy.ndarray = refuse
     with pytest.raises(cubn.KernelError, match=r"of shape \(2, 8\) and dtype float64.*44,800.*smaller batch"):
         launch.moments(PROBLEM, x)
 
@@ -492,3 +512,199 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, LAUNCH, raising=False)
     with pytest.raises(cubn.DeviceError, match=r"CuPy cannot be imported.*pip install 'cubn\[cuda12\]'"):
         importlib.import_module(LAUNCH)
+
+
+# Passes, whose arguments are packed but for addresses
+
+MEMORY = MemoryOrder((700, 8, 1), None)
+
+
+@pytest.fixture
+def prepared(launch, x):
+    """A forward pass that has run once, and a backward pass that follows it."""
+    forward = launch.prepare_forward(PROBLEM, x, None, None, None, None, None, MEMORY)
+    _, left = forward(x, None, None)
+    backward = launch.prepare_backward(PROBLEM, x, x, None, None, left, False, None, MEMORY)
+    backward(x, x, None, None, left)
+    return types.SimpleNamespace(forward=forward, backward=backward)
+
+
+def test_a_pass_computes_what_the_verbs_do_on_whatever_memory_it_is_given(launch, prepared):
+    for seed in range(3):
+        values = np.random.default_rng(seed).normal(3, 2, (700, 8, 1)).astype("float32")
+        x, dy = device_array(values).view(Array), device_array(np.cos(values)).view(Array)
+        y, left = prepared.forward(x, None, None)
+        batch, rstd = prepared.forward.statistics(left)
+        dx, dgamma, dbeta, _ = prepared.backward(dy, x, None, None, left)
+        expected = launch.forward(PROBLEM, x, None, None)
+        slope = launch.backward(PROBLEM, dy, x, expected.moments.wide_mean, expected.rstd, None, None, 700)
+        for a, b in ((y, expected.y), (batch.wide_m2, expected.moments.wide_m2), (rstd, expected.rstd), (dx, slope.dx)):
+            np.testing.assert_array_equal(a, b)
+        assert dgamma is dbeta is None
+
+
+def test_there_is_a_pass_for_every_combination_of_what_is_given(launch, x):
+    gamma, beta, residual, mean, var = (
+        device_array(np.linspace(1, 2, x[..., :1].size if name == "residual" else 8).astype("float32")).view(Array)
+        for name in ("gamma", "beta", "residual", "mean", "var")
+    )
+    residual = residual.reshape(x.shape)
+    wide = np.asarray(x, "float64")
+    xhat = (wide - wide.mean((0, 2))[:, None]) / np.sqrt(wide.var((0, 2)) + 1e-5)[:, None]
+    for given in itertools.product((False, True), repeat=4):
+        g, b, z, running = (
+            value if there else None
+            for value, there in zip((gamma, beta, residual, Running(mean, var, 0.25)), given, strict=True)
+        )
+        forward = launch.prepare_forward(PROBLEM, x, g, b, z, None, running, MEMORY)
+        y, left = forward(x, g, b, z, None, running)
+        expected = launch.forward(PROBLEM, x, g, b, z, None, None, running)
+        np.testing.assert_array_equal(y, expected.y)
+        terms = (1 if g is None else g[:, None], 0 if b is None else b[:, None], 0 if z is None else z)
+        np.testing.assert_allclose(y, xhat * terms[0] + terms[1] + terms[2], rtol=0, atol=1e-5)
+        if running is not None:
+            np.testing.assert_array_equal(forward.moved(left), expected.running)
+        backward = launch.prepare_backward(PROBLEM, x, x, g, b, left, z is not None, None, MEMORY)
+        dx, dgamma, dbeta, dresidual = backward(x, x, g, b, left)
+        mean_of, rstd = expected.moments.wide_mean, expected.rstd
+        slope = launch.backward(PROBLEM, x, x, mean_of, rstd, g, b, 700, residual=z is not None)
+        np.testing.assert_array_equal(dx, slope.dx)
+        assert (dgamma is None, dbeta is None, dresidual is None) == (g is None, b is None, z is None)
+
+
+def test_a_pass_is_one_launch_and_two_allocations(launch, cupy, prepared, x, monkeypatch):
+    taken = []
+    for place, name in ((cupy, "ndarray"), (cupy.cuda, "alloc")):
+        allocate = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *size, allocate=allocate: (taken.append(size), allocate(*size))[1])
+    for allocations, call in (
+        (2, lambda: prepared.forward(x, None, None)),
+        (1, lambda: prepared.forward(x, None, None, out=x.copy())),
+    ):
+        taken.clear(), cupy.cuda.driver.launched.clear()
+        call()
+        assert len(taken) == allocations
+        assert len(cupy.cuda.driver.launched) == 1
+
+
+def test_a_pass_takes_the_stream_and_the_workspace_of_its_call(launch, cupy, x, monkeypatch):
+    monkeypatch.setattr(launch.MACHINE, "_in_one", lambda plans: None)  # two kernels, the first with a workspace
+    forward = launch.prepare_forward(PROBLEM, x, None, None, None, None, None, MEMORY)
+    backend = launch.MACHINE.backend
+    assert backend._workspaces == {}, "it is the call's, not the pass's"
+    expected = np.asarray(forward(x, None, None)[0])
+    cupy.stream = Stream(8)
+    cupy.stream.capturing = True
+    with pytest.raises(cubn.KernelError, match="once before the capture"):
+        forward(x, None, None)
+    cupy.stream.capturing = False
+    (other,) = backend._workspaces.values()
+    other.arrivals[...] = 1  # as in the midst of a launch on the other stream
+    cupy.cuda.driver.launched.clear()
+    np.testing.assert_array_equal(forward(x, None, None)[0], expected)
+    assert {stream for *_, stream in cupy.cuda.driver.launched} == {8}
+    assert {stream for _, stream, _ in backend._workspaces} == {7, 8}
+    cupy.stream.capturing = True
+    forward(x, None, None)
+
+
+def test_a_pass_runs_on_the_device_of_its_arrays(launch, cupy, prepared, x, monkeypatch):
+    """Called while another device is the current one."""
+    current, entered = [1], []
+
+    class Entered(Device):
+        def __enter__(self):
+            entered.append(current[0])
+            current[0] = self.id
+
+        def __exit__(self, *_):
+            current[0] = entered[-1]
+
+    monkeypatch.setattr(Array, "device", property(lambda self: Entered(0)))
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: current[0])
+    monkeypatch.setattr(launch.MACHINE.backend, "current_device", lambda: current[0])
+    seen = []
+    alloc = cupy.cuda.alloc
+    monkeypatch.setattr(cupy.cuda, "alloc", lambda size: (seen.append(current[0]), alloc(size))[1])
+    prepared.forward(x, None, None)
+    assert entered == [1]
+    assert seen == [0]
+    assert current == [1]
+
+
+def test_a_thread_that_is_new_to_the_device_enters_its_context_in_a_pass(launch, cupy, prepared, x):
+    thread = threading.Thread(target=prepared.forward, args=(x, None, None))
+    thread.start()
+    thread.join()
+    assert len(set(cupy.contexts)) == 2
+
+
+def test_a_pass_that_is_overtaken_keeps_its_arguments(launch, cupy, x):
+    """A pass is stopped within its launch by another call of it."""
+    forward = launch.prepare_forward(PROBLEM, x, None, None, None, None, None, MEMORY)
+    other = device_array(np.zeros((700, 8, 1), np.float32)).view(Array)
+    overtaken = []
+    forward(x, None, None)
+    kernels = RawKernel.by_handle
+
+    class Overtaking(dict):
+        def __getitem__(self, handle):
+            if not overtaken:
+                overtaken.append(True)
+                thread = threading.Thread(target=forward, args=(other, None, None))
+                thread.start()
+                thread.join()
+            return kernels[handle]
+
+    RawKernel.by_handle = Overtaking()
+    try:
+        _, left = forward(x, None, None)
+    finally:
+        RawKernel.by_handle = kernels
+    assert overtaken
+    mean = forward.statistics(left)[0].wide_mean
+    np.testing.assert_allclose(mean, np.asarray(x, "float64").mean((0, 2)), rtol=1e-7)
+
+
+def test_a_pass_that_does_not_launch_names_plan_and_device(launch, cupy, x, monkeypatch):
+    def refuse(*_):
+        raise CUDADriverError("CUDA_ERROR_INVALID_VALUE")
+
+    for name in ("launchKernel", "launchCooperativeKernel"):
+        monkeypatch.setattr(cupy.cuda.driver, name, refuse)
+    forward = launch.prepare_forward(PROBLEM, x, None, None, None, None, None, MEMORY)
+    with pytest.raises(cubn.KernelError, match=r"forward<<<.*on Stand-in \(sm_80.*INVALID_VALUE"):
+        forward(x, None, None)
+
+
+def test_too_little_memory_for_statistics_says_what_was_asked_for(launch, cupy, prepared, x):
+    def refuse(size):
+        raise OutOfMemoryError("Out of memory")
+
+    cupy.cuda.alloc = refuse
+    with pytest.raises(
+        cubn.KernelError, match=r"a block of 192 bytes for values per channel needs memory.*smaller batch"
+    ):
+        prepared.forward(x, None, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_given_statistics_are_widened_in_one_launch_that_rounds_as_numpy_does(launch, cupy, dtype):
+    channels = 300  # more than one block
+    var = np.abs(np.random.default_rng(0).normal(0, 3, channels)).astype(dtype)
+    var[:4] = 0, np.inf, np.nan, 1e-30
+    mean = np.random.default_rng(1).normal(0, 3, channels).astype(dtype)
+    for eps in (0.0, 1e-5):
+        widen = launch.MACHINE.backend.widening(Problem(2, channels, 1, dtype, eps, None))
+        block = cupy.cuda.alloc(16 * channels)
+        cupy.cuda.driver.launched.clear()
+        widen(*(device_array(values).view(Array) for values in (mean, var)), block)
+        wide, rstd = np.asarray(array_in((2, channels), np.float64, block))
+        np.testing.assert_array_equal(wide, mean)
+        np.testing.assert_array_equal(rstd, reciprocal_std_of_doubles(var.astype("float64") + eps))
+        assert len(cupy.cuda.driver.launched) == 1
+
+
+def reciprocal_std_of_doubles(total):
+    with np.errstate(divide="ignore"):
+        return np.where(total == 0, 0, 1 / np.sqrt(total))

@@ -174,7 +174,7 @@ def test_every_way_to_share_a_tensor_out_computes_the_same(cp, regime, name, lay
 
 
 def restricted(monkeypatch, changes):
-    """A machine named `restricted` on a device that has less, and its backend, which keeps the plans it launched."""
+    """A machine named `restricted` on a device that has less, and its backend, which keeps the plans it took."""
     from cubn.machines.cuda.launch import CupyBackend
     from cubn.machines.cuda.machine import KernelMachine
 
@@ -187,6 +187,10 @@ def restricted(monkeypatch, changes):
         def launch(self, plan, arguments):
             self.plans.append(plan)
             super().launch(plan, arguments)
+
+        def bind(self, plan, arguments):
+            self.plans.append(plan)
+            return super().bind(plan, arguments)
 
     backend = Restricted()
     backend.plans = []

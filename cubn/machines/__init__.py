@@ -19,6 +19,7 @@ x and the `where` that it was made with.
 
 from typing import Any, NamedTuple, Protocol
 
+from cubn.layout import MemoryOrder
 from cubn.moments import Moments
 from cubn.namespace import Array
 from cubn.problem import Problem
@@ -152,3 +153,104 @@ class Machine(Protocol):
         out: Array | None = None,
     ) -> Backward:
         """`gradient_sums` and `input_gradient` in one; `count` None means the statistics are constants."""
+
+
+class Preparing(Machine, Protocol):
+    """A machine that can also prepare a *pass*: decide, once for all calls of a form, whatever their addresses.
+
+    `prepare_forward`, `prepare_backward` and `prepare_inference` are given the operands of one such call in canonical
+    form, all of them views of what the user passed (or None), and the memory order of results.  They return None where
+    the machine would have to copy an operand; nothing is computed yet.  A pass is then called with the users' own
+    arrays of that form, on the current stream, by any number of threads; it allocates results that it is not given.
+    What it leaves of the statistics is opaque, and is looked at through it.
+    """
+
+    def prepare_forward(
+        self,
+        problem: Problem,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        running: Running | None,
+        memory: MemoryOrder,
+    ) -> "ForwardPass | None":
+        """A pass for `forward` without a mask."""
+
+    def prepare_backward(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        left: Any,
+        residual: bool,
+        out: Array | None,
+        memory: MemoryOrder,
+    ) -> "BackwardPass | None":
+        """A pass for `backward` of what a forward pass has `left`; `residual` asks for its gradient."""
+
+    def prepare_inference(
+        self,
+        problem: Problem,
+        x: Array,
+        mean: Array,
+        var: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        memory: MemoryOrder,
+    ) -> "InferencePass | None":
+        """A pass for `normalize` with mean and var in the statistics' dtype."""
+
+
+class ForwardPass(Protocol):
+    """`forward` for calls of one form."""
+
+    def __call__(
+        self,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        running: Running | None,
+    ) -> tuple[Array, Any]:
+        """Return y, and what is left of the statistics."""
+
+    def statistics(self, left: Any) -> tuple[Moments, Array]:
+        """Moments and rstd, as `forward` gives them."""
+
+    def moved(self, left: Any) -> tuple[Array, Array] | None:
+        """The running statistics after the batch."""
+
+    def active(self, left: Any) -> Any:
+        """`active`, as `forward` gives it."""
+
+
+class BackwardPass(Protocol):
+    """`backward` for calls of one form."""
+
+    def __call__(
+        self, dy: Array, x: Array, gamma: Array | None, beta: Array | None, left: Any, out: Array | None
+    ) -> tuple[Array, Array | None, Array | None, Array | None]:
+        """Return dx, dgamma, dbeta and dresidual; None where there was no gamma or beta, or nobody asked."""
+
+
+class InferencePass(Protocol):
+    """`normalize` for calls of one form."""
+
+    def __call__(
+        self,
+        x: Array,
+        mean: Array,
+        var: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None,
+        out: Array | None,
+    ) -> Array:
+        """Return y."""

@@ -17,18 +17,19 @@ import ctypes
 import importlib.util
 import sys
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from operator import itemgetter
 from pathlib import Path
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from cubn.errors import DeviceError, KernelError
+from cubn.machines.cuda.backend import WORKSPACE, Launch, Number, Operand, Part
 from cubn.machines.cuda.machine import KernelMachine, typed_arguments
-from cubn.machines.cuda.plan import VECTOR_BYTES, DeviceLimits, LaunchPlan
+from cubn.machines.cuda.plan import VECTOR_BYTES, X_TYPES, DeviceLimits, LaunchPlan
 from cubn.machines.cuda.source import translation_unit
 from cubn.namespace import Array
 from cubn.problem import Problem
@@ -63,6 +64,13 @@ MOST_PREPARED = 4096
 """Launches that are remembered; a program has that many only if its shapes never repeat."""
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
+
+PackedLaunch: TypeAlias = Callable[[int, list[Any]], None]
+"""A launch on a stream, given the arguments that are not packed yet."""
+
+NOT_PACKED: tuple[None, tuple[str, ...], Any] = (None, (), None)
+
+LAUNCH_ERRORS = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
 
 
 class Workspace(NamedTuple):
@@ -106,50 +114,52 @@ class Arguments:
         self.address = ctypes.addressof(self.table)
 
 
-class Prepared:
-    """One plan on one device: its kernel, and all of its arguments packed that are the same in every launch.
+def packed_launch(
+    kernel: "CompiledKernel",
+    grid: int,
+    block: int,
+    order: list[Any],
+    forms: Mapping[str, str],
+    *,
+    dynamic_bytes: int = 0,
+    cooperative: bool = False,
+) -> PackedLaunch:
+    """A kernel's launch on a stream, with its arguments packed as far as they are the same in every launch.
 
-    The order of the arguments is that of `typed_arguments`, learnt by giving it names for values.
+    `order` are all arguments, `Named` for those that differ; a launch is given the values of these, addresses and
+    numbers, in the order of `forms`, which has the form of each in `struct`'s terms.
     """
+    factors = {value.name: value.factor for value in order if isinstance(value, Named)}
+    constant = [value for value in order if not isinstance(value, Named)]
+    names = list(forms)
+    scaled = [(i, factors[name]) for i, name in enumerate(names) if factors[name] != 1]
+    form = Struct("<" + "".join(forms.values()))
+    constants = Struct("<" + "".join("Q" if value is None else NUMBERS[type(value)] for value in constant))
+    template = bytes(form.size) + constants.pack(*(0 if value is None else value.item() for value in constant))
+    slots = iter(range(len(names), len(order)))
+    places = [names.index(value.name) if isinstance(value, Named) else next(slots) for value in order]
+    idle: list[Arguments] = []
+    pack = form.pack_into
+    driver = cupy.cuda.driver
+    start = driver.launchCooperativeKernel if cooperative else driver.launchKernel
+    extra = () if cooperative else (0,)
 
-    def __init__(self, plan: LaunchPlan, arguments: dict[str, Any], kernel: "CompiledKernel") -> None:
-        self.plan = plan
-        order = typed_arguments(plan, {name: Named(name) for name in arguments})
-        named = [value for value in order if isinstance(value, Named)]
-        constant = [value for value in order if not isinstance(value, Named)]
-        assert {value.name for value in named} <= arguments.keys()
-        self._values_of = itemgetter(*(value.name for value in named))
-        self._factors = [(i, value.factor) for i, value in enumerate(named) if value.factor != 1]
-        self._form = Struct("<" + "".join(_slot(arguments[value.name]) for value in named))
-        forms = "<" + "".join("Q" if value is None else NUMBERS[type(value)] for value in constant)
-        values = (0 if value is None else value.item() for value in constant)
-        self._constant = bytes(self._form.size) + Struct(forms).pack(*values)
-        slots = iter(range(len(named))), iter(range(len(named), len(order)))
-        self._places = [next(slots[not isinstance(value, Named)]) for value in order]
-        self._idle: list[Arguments] = []
-        self._launch: Any = cupy.cuda.driver.launchKernel
-        extra: tuple[int, ...] = (0,)
-        if plan.cooperative:
-            self._launch, extra = cupy.cuda.driver.launchCooperativeKernel, ()
-        self._before = (kernel.handle, plan.grid, 1, 1, plan.block, 1, 1, plan.dynamic_bytes)
-        self._after = extra
-        self._kernel = kernel  # keeps the module loaded
-
-    def __call__(self, stream: int, arguments: dict[str, Any]) -> None:
-        """Launch with these values."""
-        values: list[Any] = [
-            0 if value is None else value if value.__class__ in NUMBERS else value.data.ptr
-            for value in self._values_of(arguments)
-        ]  # this line is a third of what a launch costs the host
-        for i, factor in self._factors:
+    def launch(stream: int, values: list[Any]) -> None:
+        for i, factor in scaled:
             values[i] *= factor
         try:
-            packed = self._idle.pop()
+            arguments = idle.pop()
         except IndexError:
-            packed = Arguments(self._constant, self._places)
-        self._form.pack_into(packed.slots, 0, *values)
-        self._launch(*self._before, stream, packed.address, *self._after)
-        self._idle.append(packed)
+            arguments = Arguments(template, places)
+        pack(arguments.slots, 0, *values)
+        start(kernel.handle, grid, 1, 1, block, 1, 1, dynamic_bytes, stream, arguments.address, *extra)
+        idle.append(arguments)
+
+    return launch
+
+
+WIDENING_BLOCK = 128
+"""Threads of a block of widening.cu, one for each channel."""
 
 
 class CompiledKernel:
@@ -185,14 +195,15 @@ class CupyBackend:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kernels: dict[tuple[int, str, tuple[tuple[str, int], ...]], CompiledKernel] = {}
-        self._prepared: dict[tuple[int, int], Prepared] = {}  # by the identity of the plan, which is quick,
-        self._equal: dict[tuple[int, LaunchPlan], Prepared] = {}  # and by its value
+        self.current_device: Callable[[], int] = cupy.cuda.runtime.getDevice
+        self._kernels: dict[tuple[int, str, tuple[tuple[str, Any], ...]], CompiledKernel] = {}
+        self._packed: dict[tuple[int, int], tuple[LaunchPlan, tuple[str, ...], PackedLaunch]] = {}
+        self._equal: dict[tuple[int, LaunchPlan], tuple[tuple[str, ...], PackedLaunch]] = {}
         self._residents: dict[tuple[int, int], tuple[LaunchPlan, int]] = {}  # likewise
         self._workspaces: dict[tuple[int, int, int], Workspace] = {}
         self._outgrown: list[Workspace] = []  # a captured graph may still use them,
         self._captured: list[Array] = []  # as it does these copies, at every replay
-        self._thread = Thread()
+        self.thread = Thread()
 
     def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
         """The array's device as the current one."""
@@ -206,13 +217,52 @@ class CupyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """From CuPy's memory pool, in the order of the current stream."""
         try:
-            return cupy.empty(shape, dtype)
+            return cupy.ndarray(shape, dtype)
         except cupy.cuda.memory.OutOfMemoryError as error:
-            raise KernelError(
-                f"a result of shape {shape} and dtype {np.dtype(dtype)} needs memory that {self.limits()} does not "
-                f"have ({error}); pass a smaller batch, memory that is there as out, or free some, for example "
-                f"with cupy.get_default_memory_pool().free_all_blocks()."
-            ) from error
+            raise self._too_large(f"a result of shape {shape} and dtype {np.dtype(dtype)}", error) from error
+
+    def block(self, size: int) -> Any:
+        """Likewise: CuPy's pointer to memory, of which arrays are made when they are looked at."""
+        try:
+            return cupy.cuda.alloc(size)
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise self._too_large(f"a block of {size} bytes for values per channel", error) from error
+
+    def _too_large(self, what: str, error: Exception) -> KernelError:
+        return KernelError(
+            f"{what} needs memory that {self.limits()} does not "
+            f"have ({error}); pass a smaller batch, memory that is there as out, or free some, for example "
+            f"with cupy.get_default_memory_pool().free_all_blocks()."
+        )
+
+    def view(self, block: Any, part: Part) -> Array:
+        """An array whose memory begins there."""
+        _, offset, shape, dtype = part
+        return cupy.ndarray(shape, dtype, block + offset)
+
+    def widening(self, problem: Problem) -> Callable[[Array, Array, Any], None]:
+        """One launch, on the current stream."""
+        device, channels = cupy.cuda.runtime.getDevice(), problem.channels
+        if device not in self.thread.devices:
+            self.enter_context(device)
+        kernel = self._compiled("widening", (("X_TYPE", X_TYPES[problem.statistics_dtype]),))
+        forms = dict.fromkeys(("mean", "var", "wide", "rstd"), "Q")
+        order = [*map(Named, forms), np.int64(channels), np.float64(problem.eps)]
+        packed = packed_launch(kernel, -(-channels // WIDENING_BLOCK), WIDENING_BLOCK, order, forms)
+
+        def widen(mean: Array, var: Array, block: Any) -> None:
+            if device not in self.thread.devices:
+                self.enter_context(device)
+            wide = block.ptr
+            values = [mean.data.ptr, var.data.ptr, wide, wide + 8 * channels]
+            try:
+                packed(cupy.cuda.get_current_stream().ptr, values)
+            except LAUNCH_ERRORS as error:
+                raise KernelError(
+                    f"widening of the statistics of {channels} channels did not launch on {self.limits()}: {error}."
+                ) from error
+
+        return widen
 
     def contiguous(self, array: Array, dtype: Any) -> Array:
         """The array itself, or a copy that kernels can read in vectors."""
@@ -253,7 +303,7 @@ class CupyBackend:
         device = cupy.cuda.runtime.getDevice()
         known, found = self._residents.get((device, id(plan)), (None, 0))
         if known is not plan:
-            self._enter_context(device)
+            self.enter_context(device)
             kernel = self._kernel(plan)
             try:
                 kernel.allow(plan, self.limits())
@@ -273,59 +323,127 @@ class CupyBackend:
     def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
         """On the current stream."""
         device = cupy.cuda.runtime.getDevice()
-        if device not in self._thread.devices:
-            self._enter_context(device)
-        prepared = self._prepared.get((device, id(plan)))
+        if device not in self.thread.devices:
+            self.enter_context(device)
+        known, names, packed = self._packed.get((device, id(plan)), NOT_PACKED)
+        if known is not plan:
+            names, packed = self._pack(device, plan, arguments)
+        values = [
+            0 if value is None else value if value.__class__ in NUMBERS else value.data.ptr
+            for value in map(arguments.__getitem__, names)
+        ]
         try:
-            if prepared is None or prepared.plan is not plan:
-                prepared = self._prepare(device, plan, arguments)
-            prepared(cupy.cuda.get_current_stream().ptr, arguments)
-        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
-            raise KernelError(f"{plan} did not launch on {self.limits()}: {error}.") from error
+            packed(cupy.cuda.get_current_stream().ptr, values)
+        except LAUNCH_ERRORS as error:
+            raise self.refused(plan, error) from error
 
-    def _prepare(self, device: int, plan: LaunchPlan, arguments: dict[str, Any]) -> Prepared:
-        prepared = self._equal.get((device, plan))
-        if prepared is None:
-            kernel = self._kernel(plan)
-            kernel.allow(plan, self.limits())
-            prepared = Prepared(plan, arguments, kernel)
+    def bind(self, plan: LaunchPlan, arguments: Mapping[str, Any]) -> Launch:
+        """On the current device."""
+        device = cupy.cuda.runtime.getDevice()
+        arrays = {name: value.place for name, value in arguments.items() if isinstance(value, Operand)}
+        parts = {name: value for name, value in arguments.items() if isinstance(value, Part)}
+        numbers = {name: value.place for name, value in arguments.items() if isinstance(value, Number)}
+        known = {name: value for name, value in arguments.items() if name not in arrays | parts | numbers}
+        shared = WORKSPACE if plan.partials else ()
+        names = (*arrays, *sorted(parts, key=lambda name: parts[name].place), *numbers, *shared)
+        order = typed_arguments(plan, dict.fromkeys(WORKSPACE) | known | {name: Named(name) for name in names})
+        taken = {value.name for value in order if isinstance(value, Named)}  # of a workspace, not all
+        forms = {name: "d" if name in numbers else "Q" for name in names if name in taken}
+        launch = self._packed_launch(device, plan, order, forms)
+        array_places, number_places = tuple(arrays.values()), tuple(numbers.values())
+        offsets: dict[int, list[int]] = {}
+        for part in sorted(parts.values()):
+            offsets.setdefault(part.place, []).append(part.offset)
+        blocks = tuple(offsets.items())
+        workspace_places = tuple(WORKSPACE.index(name) for name in shared if name in taken)
+        thread, current_stream = self.thread, cupy.cuda.get_current_stream
+
+        def bound(operands: Sequence[Any]) -> None:
+            if device not in thread.devices:
+                self.enter_context(device)
+            values = [operands[place].data.ptr for place in array_places]
+            for place, rows in blocks:
+                start = operands[place].ptr
+                values += [start + row for row in rows]
+            if number_places:
+                values += [operands[place] for place in number_places]
+            if workspace_places:
+                workspace = self.workspace(plan)
+                values += [workspace[place].data.ptr for place in workspace_places]
+            try:
+                launch(current_stream().ptr, values)
+            except LAUNCH_ERRORS as error:
+                raise self.refused(plan, error) from error
+
+        return bound
+
+    def refused(self, plan: LaunchPlan, error: Exception) -> KernelError:
+        """What is said of a launch that the driver refuses."""
+        return KernelError(f"{plan} did not launch on {self.limits()}: {error}.")
+
+    def _pack(self, device: int, plan: LaunchPlan, arguments: dict[str, Any]) -> tuple[tuple[str, ...], PackedLaunch]:
+        found = self._equal.get((device, plan))
+        if found is None:
+            order = typed_arguments(plan, {name: Named(name) for name in arguments})
+            taken = {value.name for value in order if isinstance(value, Named)}
+            forms = {name: NUMBERS.get(type(value), "Q") for name, value in arguments.items() if name in taken}
+            found = tuple(forms), self._packed_launch(device, plan, order, forms)
             if len(self._equal) >= MOST_PREPARED:
                 self._equal.clear()
-                self._prepared.clear()
-            self._equal[device, plan] = self._prepared[device, id(plan)] = prepared  # holds the plan, and so its id
-        return prepared
+                self._packed.clear()
+            self._equal[device, plan] = found
+            self._packed[device, id(plan)] = plan, *found  # holds the plan, and so its id
+        return found
 
-    def _enter_context(self, device: int) -> None:
+    def _packed_launch(self, device: int, plan: LaunchPlan, order: list[Any], forms: Mapping[str, str]) -> PackedLaunch:
+        return packed_launch(
+            self.kernel(device, plan), plan.grid, plan.block, order, forms,
+            dynamic_bytes=plan.dynamic_bytes, cooperative=plan.cooperative,
+        )  # fmt: skip
+
+    def kernel(self, device: int, plan: LaunchPlan) -> CompiledKernel:
+        """The plan's kernel, compiled and allowed what the plan needs."""
+        if device not in self.thread.devices:
+            self.enter_context(device)
+        try:
+            kernel = self._kernel(plan)
+            kernel.allow(plan, self.limits())
+        except LAUNCH_ERRORS as error:
+            raise self.refused(plan, error) from error
+        return kernel
+
+    def enter_context(self, device: int) -> None:
         """A new thread has no context of a device before something of the runtime has run in it."""
         cupy.cuda.runtime.memGetInfo()
-        self._thread.devices.add(device)
+        self.thread.devices.add(device)
 
     def _kernel(self, plan: LaunchPlan) -> CompiledKernel:
-        key = (cupy.cuda.runtime.getDevice(), plan.kernel, plan.constants)
+        return self._compiled(plan.kernel, plan.constants, plan)
+
+    def _compiled(
+        self, name: str, constants: tuple[tuple[str, int], ...], plan: LaunchPlan | None = None
+    ) -> CompiledKernel:
+        """The kernel of that name, which is in the file of that name."""
+        key = (cupy.cuda.runtime.getDevice(), name, constants)
         kernel = self._kernels.get(key)
         if kernel is None:
             with self._lock:
-                kernel = self._kernels.get(key) or self._compile(plan)
+                kernel = self._kernels.get(key) or self._compile(name, constants, plan)
                 self._kernels[key] = kernel
         return kernel
 
-    def _compile(self, plan: LaunchPlan) -> CompiledKernel:
-        _require_no_capture(f"the kernel {plan.kernel}")
-        options = ("-std=c++17", *(f"-D{name}={value}" for name, value in plan.constants))
-        raw = cupy.RawKernel(translation_unit(f"{plan.kernel}.cu"), plan.kernel, options)
+    def _compile(self, name: str, constants: tuple[tuple[str, int], ...], plan: LaunchPlan | None) -> CompiledKernel:
+        _require_no_capture(f"the kernel {name}")
+        options = ("-std=c++17", *(f"-D{macro}={value}" for macro, value in constants))
+        raw = cupy.RawKernel(translation_unit(f"{name}.cu"), name, options)
         load_compiler()
         try:
             return CompiledKernel(raw.kernel)
         except Exception as error:  # NVRTC's, the driver's or the loader's: CuPy has a class for each
             raise KernelError(
-                f"{plan} did not compile on {self.limits()} with CuPy {cupy.__version__} ({error}); the compiler and "
-                f"the headers come with pip install 'cubn[cuda12]' or 'cubn[cuda13]', as the driver needs."
+                f"{plan or name} did not compile on {self.limits()} with CuPy {cupy.__version__} ({error}); the "
+                f"compiler and the headers come with pip install 'cubn[cuda12]' or 'cubn[cuda13]', as the driver needs."
             ) from error
-
-
-def _slot(value: Any) -> str:
-    """Eight bytes in `struct`'s terms: of a number its own, of all others an address."""
-    return NUMBERS.get(type(value), "Q")
 
 
 def _require_no_capture(what: str) -> None:
@@ -449,3 +567,6 @@ gradient_sums = MACHINE.gradient_sums
 input_gradient = MACHINE.input_gradient
 forward = MACHINE.forward
 backward = MACHINE.backward
+prepare_forward = MACHINE.prepare_forward
+prepare_backward = MACHINE.prepare_backward
+prepare_inference = MACHINE.prepare_inference

@@ -4,22 +4,26 @@ Tensors are read in place where they are dense but for the distance between thei
 every memory order and slices of the batch and of the channels; anything else is copied once.  Masks are read as
 dense bytes.
 
-Memory: forward allocates y and one (3, channels) array (mean, m2, rstd; a further row for the counts under a mask or
-for the running statistics), backward dx and one (2, channels); `active` and `dresidual` where they are asked for; and
-a workspace that is kept.
+Memory: forward allocates y and one block of (3, channels) doubles (mean, m2, rstd; a further row for the counts under a
+mask or for the running statistics), backward dx and one block of (2, channels), inference y and one of two rows of
+doubles; `active` and `dresidual` where they are asked for; and a workspace that is kept.
+
+Forward and backward are passes (`passes.py`), prepared once for each form of tensors and called with any of that form.
 
 `active` has a byte for each element, in the shape of x, or is packed: then it has one axis, and a byte for the
 elements of 16 bytes of x.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import lru_cache, wraps
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from cubn.layout import MemoryOrder
 from cubn.machines import Backward, Forward, GradientSums, Running
+from cubn.machines.cuda.backend import Backend, with_workspace
+from cubn.machines.cuda.passes import DOUBLE, BackwardPass, ForwardPass, InferencePass, Left, active_shape
 from cubn.machines.cuda.plan import (
     BYTES,
     ITEM_BYTES,
@@ -27,7 +31,6 @@ from cubn.machines.cuda.plan import (
     MERGING,
     PACKED,
     VECTOR_BYTES,
-    DeviceLimits,
     LaunchPlan,
     Memory,
     backward_plans,
@@ -41,38 +44,6 @@ from cubn.machines.cuda.plan import (
 from cubn.moments import Moments, towards
 from cubn.namespace import Array, is_static_count
 from cubn.problem import Problem
-
-
-class Backend(Protocol):
-    """What allocates memory and launches kernels."""
-
-    def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
-        """Makes the array's device the current one, to which everything below refers."""
-
-    def limits(self) -> DeviceLimits:
-        """What the device can do."""
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Uninitialised memory, C-contiguous and aligned to a vector."""
-
-    def contiguous(self, array: Array, dtype: Any) -> Array:
-        """The same values, C-contiguous and aligned to a vector: the array itself if it is all that."""
-
-    def address(self, array: Array) -> int:
-        """Of the first element, in bytes."""
-
-    def workspace(self, plan: LaunchPlan) -> tuple[Array, Array, Array]:
-        """Partials of any content, arrivals that are zero, and barriers that were zero when they were made.
-
-        All three are the current stream's and are kept from call to call.
-        """
-
-    def resident(self, plan: LaunchPlan) -> int:
-        """How many blocks of a plan with a cluster or a cooperative launch the device holds at once."""
-
-    def launch(self, plan: LaunchPlan, arguments: dict[str, Any]) -> None:
-        """Run the plan's kernel with arguments by name: arrays, None, int and float."""
-
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -94,6 +65,7 @@ class KernelMachine:
     def __init__(self, name: str, backend: Backend) -> None:
         self.name = name
         self.backend = backend
+        self._passes: dict[Any, Any] = {}
 
     def moments(self, problem: Problem, x: Array, where: Array | None = None) -> Moments:
         """As in `cubn.machines.Machine`."""
@@ -280,54 +252,90 @@ class KernelMachine:
         running: Running | None = None,
     ) -> Forward:
         """As in `cubn.machines.Machine`: one launch where that moves less, else `moments`, then `normalize`."""
-        keep = residual is not None and problem.activation is not None
         y = _Result(self.backend, problem, x.dtype, out)
-        plan, tensors = None, None
+        found = None
         if y.array.size:
             tensors = _Tensors(self.backend, problem, x=x, residual=residual, y=y.array)
-            options = {"residual": residual is not None, "where": where is not None, "keep": keep}
-            plan = self._in_one(forward_plans(problem, self.backend.limits(), tensors.memory, **options))
-        if plan is None or tensors is None:
+            found = self._forward_pass(problem, tensors, x.dtype, gamma, beta, where, running, y.memory)
+        if found is None:
             batch, rstd = self._moments(problem, x, where, with_rstd=True)
             _, active = self.normalize(problem, x, batch.wide_mean, rstd, gamma, beta, residual, where, y.array)
             moved = None if running is None else towards(running.mean, running.var, batch, running.weight)
             return Forward(y.deliver(), batch, rstd, active, moved)
-
-        narrow = np.dtype(problem.statistics_dtype)
-        rows_of_a_pair = 0 if running is None else 2 * narrow.itemsize // 8
-        statistics = self.backend.empty((3 + (where is not None) + rows_of_a_pair, problem.channels), np.float64)
-        mean, m2, rstd = statistics[0], statistics[1], statistics[2]
-        counts = None if where is None else statistics[3].view(np.int64)
-        moved = None
+        gamma, beta = self._narrow(problem, gamma), self._narrow(problem, beta)
         if running is not None:
-            pair = statistics[-rows_of_a_pair:].reshape(-1).view(narrow)
-            moved = (pair[: problem.channels], pair[problem.channels :])
-        active = self._active(problem, plan) if keep else None
-        self._launch(
-            plan,
-            **tensors.arguments,
-            where=self._mask(where),
-            **self._per_channel(
-                problem,
-                gamma=gamma,
-                beta=beta,
-                running_mean=None if running is None else running.mean,
-                running_var=None if running is None else running.var,
-            ),
-            eps=problem.eps,
-            weight=0.0 if running is None else float(running.weight),
-            active=active,
-            mean=mean,
-            m2=m2,
-            rstd=rstd,
-            count=counts,
-            new_mean=None if moved is None else moved[0],
-            new_var=None if moved is None else moved[1],
-        )
-        batch = Moments(problem.samples if counts is None else counts, mean, m2, narrow)
-        return Forward(y.deliver(), batch, rstd, active, moved)
+            running = Running(self._narrow(problem, running.mean), self._narrow(problem, running.var), running.weight)
+        x, residual = tensors.arguments["x"], tensors.arguments["residual"]
+        _, left = found(x, gamma, beta, residual, y.array, running, self._mask(where))
+        return Forward(y.deliver(), *found.statistics(left), found.active(left), found.moved(left))
 
     @_on_its_device
+    def prepare_forward(
+        self,
+        problem: Problem,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        running: Running | None,
+        memory: MemoryOrder,
+    ) -> ForwardPass | None:
+        """As in `cubn.machines.Preparing`."""
+        per_channel = [gamma, beta, *(() if running is None else running[:2])]
+        if not (_as_they_are(x, residual, out) and all(self._is_narrow(problem, array) for array in per_channel)):
+            return None
+        tensors = _Tensors(self.backend, problem, x=x, residual=residual, y=NEW if out is None else out)
+        return self._forward_pass(problem, tensors, x.dtype, gamma, beta, None, running, memory)
+
+    def _forward_pass(
+        self,
+        problem: Problem,
+        tensors: "_Tensors",
+        dtype: Any,
+        gamma: Array | None,
+        beta: Array | None,
+        where: Array | None,
+        running: Running | None,
+        memory: MemoryOrder,
+    ) -> ForwardPass | None:
+        """None where the running statistics have to be moved apart from the kernels."""
+        residual = tensors.arguments["residual"] is not None
+        options = {"residual": residual, "where": where is not None}
+        options["keep"] = keep = residual and problem.activation is not None
+
+        def make() -> ForwardPass | None:
+            limits = self.backend.limits()
+            plan = self._in_one(forward_plans(problem, limits, tensors.memory, **options))
+            plans: tuple[LaunchPlan, ...]
+            if plan is not None:
+                plans = (plan,)
+            elif running is None:
+                plans = (
+                    moments_plan(problem, limits, tensors.memory_of("x"), where=where is not None),
+                    normalize_plan(problem, limits, tensors.memory, **options),
+                )
+            else:
+                return None
+            return ForwardPass(
+                self.backend,
+                problem,
+                dtype,
+                memory,
+                plans,
+                tensors.strides,
+                gamma=gamma is not None,
+                beta=beta is not None,
+                residual=residual,
+                where=where is not None,
+                keep=keep,
+                running=running is not None,
+            )
+
+        given = gamma is None, beta is None, where is None, running is None
+        key = ("forward", self.backend.current_device(), problem, tensors.places, given, memory)
+        return cast(ForwardPass | None, self._pass(key, make))
+
     @_on_its_device
     def backward(
         self,
@@ -352,33 +360,126 @@ class KernelMachine:
                 dx.deliver(), dresidual, self.gradient_sums(problem, dy, x, mean, rstd, gamma, beta, where, active)
             )
         tensors = _Tensors(self.backend, problem, dy=dy, x=x, dx=dx.array, dresidual=dresidual)
-        plans = backward_plans(
-            problem,
-            self.backend.limits(),
-            tensors.memory,
-            train=count is not None,
-            where=where is not None,
-            active=_form(active),
-            residual=residual,
-        )
-        plan = self._in_one(plans)
-        if plan is None:
-            sums = self.gradient_sums(problem, dy, x, mean, rstd, gamma, beta, where, active)
-            taken = None if count is None else sums
-            self._input_gradient(problem, tensors, mean, rstd, gamma, beta, count, taken, where, active)
-            return Backward(dx.deliver(), dresidual, sums)
-        pair = self.backend.empty((2, problem.channels), np.dtype(problem.statistics_dtype))
-        self._launch(
-            plan,
-            **tensors.arguments,
+        found = self._backward_pass(
+            problem, tensors, x.dtype, gamma, beta, count, where, active, dx.memory, kept=False
+        )  # fmt: skip
+        dense = tensors.arguments
+        _, dy_xhat, dy_sum, _ = found(
+            dense["dy"],
+            dense["x"],
+            self._narrow(problem, gamma),
+            self._narrow(problem, beta),
+            (None, active),
+            dx.array,
+            mean=self._dense(mean, DOUBLE),
+            rstd=self._dense(rstd, DOUBLE),
+            counts=self._counts(count)["counts"],
             where=self._mask(where),
-            active=active,
-            **self._per_channel(problem, mean=mean, rstd=rstd, gamma=gamma, beta=beta),
-            **self._counts(count),
-            sum_dy=pair[0],
-            sum_dy_xhat=pair[1],
+            dresidual=dresidual,
         )
-        return Backward(dx.deliver(), dresidual, GradientSums(pair[0], pair[1]))
+        return Backward(dx.deliver(), dresidual, GradientSums(dy_sum, dy_xhat))
+
+    @_on_its_device
+    def prepare_backward(
+        self,
+        problem: Problem,
+        dy: Array,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        left: Left,
+        residual: bool,
+        out: Array | None,
+        memory: MemoryOrder,
+    ) -> BackwardPass | None:
+        """As in `cubn.machines.Preparing`."""
+        if not _as_they_are(dy, x, out):
+            return None
+        dresidual = NEW if residual else None
+        tensors = _Tensors(self.backend, problem, dy=dy, x=x, dx=NEW if out is None else out, dresidual=dresidual)
+        return self._backward_pass(
+            problem, tensors, x.dtype, gamma, beta, problem.samples, None, left[1], memory, kept=True
+        )  # fmt: skip
+
+    def _backward_pass(
+        self,
+        problem: Problem,
+        tensors: "_Tensors",
+        dtype: Any,
+        gamma: Array | None,
+        beta: Array | None,
+        count: Any,
+        where: Array | None,
+        active: Array | None,
+        memory: MemoryOrder,
+        *,
+        kept: bool,
+    ) -> BackwardPass:
+        """`kept` says whether the statistics lie where a forward pass has left them."""
+        residual = tensors.arguments["dresidual"] is not None
+        form = _form(active)
+        only: dict[str, Any] = {"where": where is not None, "active": form}
+        options = {"train": count is not None, "residual": residual, **only}
+        static = count is None or is_static_count(count)
+
+        def make() -> BackwardPass:
+            limits = self.backend.limits()
+            plan = self._in_one(backward_plans(problem, limits, tensors.memory, **options))
+            plans: tuple[LaunchPlan, ...]
+            if plan is not None:
+                plans = (plan,)
+            else:
+                plans = (
+                    gradient_sums_plan(problem, limits, tensors.memory_of("dy", "x"), **only),
+                    input_gradient_plan(problem, limits, tensors.memory, **options),
+                )
+            return BackwardPass(
+                self.backend,
+                problem,
+                dtype,
+                memory,
+                plans,
+                tensors.strides,
+                gamma=gamma is not None,
+                beta=beta is not None,
+                where=where is not None,
+                active=active is not None,
+                residual=residual,
+                count=(count or 0) if static else 0,
+                counts=not static,
+                kept=kept,
+            )
+
+        given = gamma is None, beta is None, where is None, form, kept, count if static else "counts"
+        key = ("backward", self.backend.current_device(), problem, tensors.places, given, memory)
+        return cast(BackwardPass, self._pass(key, make))
+
+    @_on_its_device
+    def prepare_inference(
+        self,
+        problem: Problem,
+        x: Array,
+        mean: Array,
+        var: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        memory: MemoryOrder,
+    ) -> InferencePass | None:
+        """As in `cubn.machines.Preparing`."""
+        per_channel = (mean, var, gamma, beta)
+        if not (_as_they_are(x, residual, out) and all(self._is_narrow(problem, array) for array in per_channel)):
+            return None
+        tensors = _Tensors(self.backend, problem, x=x, residual=residual, y=NEW if out is None else out)
+        given = {"gamma": gamma is not None, "beta": beta is not None, "residual": residual is not None}
+
+        def make() -> InferencePass:
+            plan = normalize_plan(problem, self.backend.limits(), tensors.memory, residual=residual is not None)
+            return InferencePass(self.backend, problem, x.dtype, memory, plan, tensors.strides, **given)
+
+        key = ("inference", self.backend.current_device(), problem, tensors.places, tuple(given.values()), memory)
+        return cast(InferencePass, self._pass(key, make))
 
     def _in_one(self, plans: tuple[LaunchPlan, ...]) -> LaunchPlan | None:
         """The plan of a fused kernel, with as many teams as the device holds; None for two kernels."""
@@ -390,12 +491,18 @@ class KernelMachine:
             return plan if blocks >= plan.grid else fewer_teams(plan, blocks)
         return plan if plan.cluster == 1 or self.backend.resident(plan) >= plan.cluster else None
 
+    def _pass(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes for a form, made once."""
+        found = self._passes.get(key, make)
+        if found is make:
+            if len(self._passes) >= MOST_PASSES:
+                self._passes.clear()
+            found = self._passes[key] = make()
+        return found
+
     def _active(self, problem: Problem, plan: LaunchPlan) -> Array:
-        """Memory for what ReLU let pass, in the form in which the plan keeps it."""
-        if not plan.packed:
-            return self.backend.empty(_shape(problem), np.uint8)
-        elements = problem.outer * problem.channels * problem.inner
-        return self.backend.empty((elements * ITEM_BYTES[problem.dtype] // VECTOR_BYTES,), np.uint8)
+        """Memory for what ReLU let pass."""
+        return self.backend.empty(active_shape(problem, packed=plan.packed), np.uint8)
 
     def _mask(self, where: Array | None) -> Array | None:
         return None if where is None else self.backend.contiguous(where, np.bool_)
@@ -413,16 +520,22 @@ class KernelMachine:
             return array
         return self.backend.contiguous(array, dtype)
 
+    def _narrow(self, problem: Problem, array: Array | None) -> Array | None:
+        return self._dense(array, np.dtype(problem.statistics_dtype))
+
+    def _is_narrow(self, problem: Problem, array: Array | None) -> bool:
+        """True if `_narrow` would give the array itself."""
+        dtype = np.dtype(problem.statistics_dtype)
+        return array is None or (array.dtype == dtype and array.strides == (dtype.itemsize,))
+
     def _launch(self, plan: LaunchPlan, **arguments: Any) -> None:
-        if plan.kernel in MERGING:
-            workspace = self.backend.workspace(plan) if plan.partials else (None, None, None)
-            arguments |= dict(zip(WORKSPACE, workspace, strict=True))
-        self.backend.launch(plan, arguments)
+        self.backend.launch(plan, with_workspace(self.backend, plan, arguments))
 
 
-WORKSPACE = ("partials", "arrivals", "barriers")
+MOST_PASSES = 4096
+"""Passes that are remembered; a program has that many only if its shapes never repeat."""
 
-_WIDE = {"mean": np.dtype(np.float64), "rstd": np.dtype(np.float64)}
+_WIDE = {"mean": DOUBLE, "rstd": DOUBLE}
 
 
 def typed_arguments(plan: LaunchPlan, arguments: dict[str, Any]) -> list[Any]:
@@ -463,25 +576,55 @@ def _shape(problem: Problem) -> tuple[int, int, int]:
     return problem.outer, problem.channels, problem.inner
 
 
+NEW: Any = object()
+"""Stands for a tensor that will be allocated: dense, and at a vector boundary."""
+
+
 class _Tensors:
-    """The tensors of one call as the kernels take them, and how they lie in memory together."""
+    """The tensors of one call as the kernels take them, and how they lie in memory together.
+
+    Attributes
+    ----------
+    arguments : dict
+        Tensors and their row strides, by the kernels' names.
+    places : tuple of (int, int) or None
+        For each tensor that there is, its distance from a vector boundary in bytes and its row stride in elements.
+    """
 
     def __init__(self, backend: Backend, problem: Problem, **tensors: Array | None) -> None:
         self.arguments: dict[str, Any] = {}
-        row_length = problem.channels * problem.inner
-        places = []
+        self._row_length = row_length = problem.channels * problem.inner
+        self._itemsize = ITEM_BYTES[problem.dtype]
+        places: dict[str, tuple[int, int] | None] = {}
         for name, tensor in tensors.items():
-            stride = row_length
-            if tensor is not None:
+            stride, phase = row_length, 0
+            if tensor is not None and tensor is not NEW:
                 given = row_stride(tensor)
                 if given is None:
                     tensor = backend.contiguous(tensor, tensor.dtype)
                 else:
                     stride = given
-                places.append((backend.address(tensor) % VECTOR_BYTES, stride))
+                phase = backend.address(tensor) % VECTOR_BYTES
+            places[name] = None if tensor is None else (phase, stride)
             self.arguments[name] = tensor
             self.arguments[f"{name}_stride"] = stride
-        self.memory = _memory(tuple(places), row_length, ITEM_BYTES[problem.dtype])
+        self._places = places
+        self.places = tuple(places.values())
+
+    @property
+    def memory(self) -> Memory:
+        """Of all tensors."""
+        return self.memory_of(*self._places)
+
+    def memory_of(self, *names: str) -> Memory:
+        """Of some."""
+        places = tuple(place for name in names if (place := self._places[name]) is not None)
+        return _memory(places, self._row_length, self._itemsize)
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Row strides by the kernels' names."""
+        return {name: value for name, value in self.arguments.items() if name.endswith("_stride")}
 
 
 _memory = lru_cache(maxsize=4096)(Memory.of)
@@ -493,6 +636,7 @@ class _Result:
     def __init__(self, backend: Backend, problem: Problem, dtype: Any, out: Array | None) -> None:
         self.out = out
         self.array: Array = out
+        self.memory = MemoryOrder(_shape(problem), None)
         if out is None or row_stride(out) is None:
             self.array = backend.empty(_shape(problem), dtype)
 
@@ -517,3 +661,8 @@ def row_stride(tensor: Array) -> int | None:
         return int(channels * inner)
     stride, rest = divmod(along_outer, itemsize)
     return None if rest else int(stride)
+
+
+def _as_they_are(*tensors: Array | None) -> bool:
+    """True if kernels can read and write all of these in place."""
+    return all(tensor is None or row_stride(tensor) is not None for tensor in tensors)
