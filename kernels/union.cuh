@@ -101,20 +101,20 @@ __device__ void merge(const Tiles &tiles, const Walk<FORTH> &walk, Set *sets, Se
         if (alone) finish(begin_of_runs + here, all);
         else partials[walk.split * tiles.channels * tiles.fold + begin_of_runs + here] = all;
     });
-    __threadfence();
     __syncthreads();
     if (alone) return;
 
     // Rows of several outer rows spread a channel over all groups.
     const unsigned tiles_together = unsigned(tiles.fold == 1 ? tiles.splits : tiles.count());
     __shared__ bool last;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // one thread's fences do for what the barriers order before and after it
         unsigned *counter = arrivals + (tiles.fold == 1 ? walk.group : 0);
+        __threadfence();
         last = atomicInc(counter, tiles_together - 1) == tiles_together - 1;  // the last one sets it back to 0
+        __threadfence();
     }
     __syncthreads();
     if (!last) return;
-    __threadfence();
 
     const index_t begin = tiles.fold == 1 ? begin_of_runs : 0;
     const index_t end = tiles.fold == 1 ? min(begin + runs, tiles.channels) : tiles.channels;

@@ -183,6 +183,7 @@ TILE_AFTER_THE_LAST = (
 )
 BESIDE = "beside a local array: undefined, and NVRTC leaves it out"
 NO_WINDOW = "a window that is not there; the next line looks at how many there are"
+NO_LONGER = "sums that end elsewhere, none longer than 32 terms"
 NO_USE = "maps that no window of the thread uses"
 
 REDUNDANT = {
@@ -217,7 +218,30 @@ REDUNDANT = {
     },
     "samples.cuh": {
         "< -> <= in: return {count, widen(pivot) - origin + shift, m2 < 0 ? 0 : m2};  // NaN stays": "0 is 0",
+        "< -> <= in: for (int l = 0; l < LANES; ++l) lanes[l].settle();": BESIDE,
+        "< -> <= in: for (int l = 0; l < LANES; ++l) {": BESIDE,
+        "< -> <= in: for (int u = 0; u < N; ++u) {": NO_WINDOW,
+        "< -> <= in: for (int l = 0; l < LANES; ++l) without |= lanes[l].count == 0;": BESIDE,
+        "negate (u + 1) % AT_A_TIME == 0 in: if ((u + 1) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
+        "+ 1 -> nothing in: if ((u + 1) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
+        "negate (first + N) % AT_A_TIME == 0 in: if ((first + N) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
     },
+    "sums.cuh": {
+        "< -> <= in: for (int l = 0; l < LANES; ++l) lanes[l].settle();": BESIDE,
+        "< -> <= in: for (int l = 0; l < LANES; ++l) {": BESIDE,
+        "> -> >= in: const index_t c = steps > 0 ? channel.next(tiles) : 0;": NO_USE,
+        "< -> <= in: for (int u = 0; (RELU || WHERE) && u < N; ++u) {": NO_WINDOW,
+        ">= -> > in: if (u >= count) continue;": "a window that is not there, and is not looked at",
+        "< -> <= in: for (int u = 0; u < N; ++u) {": NO_WINDOW,
+        "negate (u + 1) % AT_A_TIME == 0 in: if ((u + 1) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
+        "+ 1 -> nothing in: if ((u + 1) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
+        "negate (first + N) % AT_A_TIME == 0 in: if ((first + N) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
+    },
+    "held.cuh": {
+        "< -> <= in: for (int u = 0; u < N; ++u)": BESIDE,
+        '< -> <= in: for (int i = 0; i < VEC / 2; ++i) asm volatile("" : "+r"(vectors[u].word[i]));': BESIDE,
+    },
+    "chunk.cuh": {"> -> >= in: for (; UNROLL > 1 && first < count; ++first) {": "nothing is left of single ones"},
     "affine.cuh": {
         "< -> <= in: return sizeof(ACC_T) == 4 && fabs(mean) < 0x1p-126 ? 0 : mean - ACC_T(mean);":
         "2^-126 is a float, so that nothing is lost",
@@ -241,6 +265,7 @@ REDUNDANT = {
         "< -> <= in: for (int i = 0; i < VEC; ++i) bits |= bytes.at[i] ? 1u << i : 0;": "a bit that nobody looks at",
     },
     "forward.cu": {
+        "< -> <= in: for (int u = 0; u < chunk.WINDOWS; ++u) {": NO_WINDOW,
         "< -> <= in: for (int l = 0; l < LANES; ++l) {": BESIDE,
         "> -> >= in: for (int l = 0; walk.steps > 0 && l < LANES; ++l) "
         "maps[l] = board.maps[again.next(tiles) - first];":

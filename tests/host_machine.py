@@ -16,7 +16,7 @@ from host.executor import Kernel, device_array, device_empty, unwritten
 from cubn.machines.cuda.backend import WORKSPACE, LaunchByName, Part
 from cubn.machines.cuda.backend import Launch as Bound
 from cubn.machines.cuda.machine import KernelMachine, typed_arguments
-from cubn.machines.cuda.plan import KERNELS, DeviceLimits, LaunchPlan, blocks_at_once
+from cubn.machines.cuda.plan import KERNELS, Choice, DeviceLimits, LaunchPlan, blocks_at_once
 from cubn.machines.cuda.source import translation_unit
 from cubn.problem import Problem
 
@@ -187,7 +187,7 @@ class _Mirror:
 class Apart(KernelMachine):
     """Takes the two kernels of a pass one after the other, as a device does that is too small for a team."""
 
-    def _in_one(self, plans: tuple[LaunchPlan, ...]) -> None:
+    def _in_one(self, choices: tuple[Choice, ...]) -> None:
         return None
 
 

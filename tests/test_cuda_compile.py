@@ -77,7 +77,7 @@ TEAMED = (
 
 BOTH = (False, True)
 
-EVERYTHING = replace(DEVICES["h200"], largest_cluster=16)
+EVERYTHING = DEVICES["h200"]
 """A device whose plans use whatever a plan can use."""
 
 

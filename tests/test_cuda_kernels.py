@@ -498,7 +498,7 @@ def test_eps_far_below_float32_does_not_turn_a_constant_into_nan(host):
 
 PLANTED = {
     "no barrier before sets are merged": ("    __syncthreads();\n    const int team", "    const int team"),
-    "no fence before a block reports": ("    __threadfence();\n    __sync", "    __sync"),
+    "no fence before a block reports": ("        __threadfence();\n        last =", "        last ="),
     "no barrier before a block reports": ("    __syncthreads();\n    if (alone) return;", "    if (alone) return;"),
     "a counter that is not set back": ("atomicInc(counter, tiles_together - 1)", "atomicAdd(counter, 1u)"),
     "one tile too many": ("tile < tiles.count()", "tile <= tiles.count()"),

@@ -447,7 +447,7 @@ def test_limits_are_those_that_the_driver_gives(launch, cupy):
     assert launch.MACHINE.backend.limits().bandwidth > 0  # where the driver does not tell
 
 
-@pytest.mark.parametrize(("arch", "launches", "largest"), [("80", 0, 1), ("90", 1, 8), ("90", 0, 1)])
+@pytest.mark.parametrize(("arch", "launches", "largest"), [("80", 0, 1), ("90", 1, 16), ("120", 1, 8), ("90", 0, 1)])
 def test_clusters_are_there_where_architecture_and_driver_say_so(launch, cupy, monkeypatch, arch, launches, largest):
     cupy.attributes[120] = launches  # cudaDevAttrClusterLaunch
     device = Device()

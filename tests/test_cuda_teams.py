@@ -174,12 +174,38 @@ def test_the_number_of_teams_changes_no_bit(regime, monkeypatch):
 
 
 @pytest.mark.parametrize("regime", ["cluster, planes", "grid, planes"])
-def test_a_device_without_room_for_a_team_takes_two_kernels(regime, monkeypatch):
+def test_a_device_without_room_for_a_team_takes_the_best_way_that_is_left(regime, monkeypatch):
     host, case = case_of(regime)
     monkeypatch.setattr(host.backend, "resident", lambda plan: plan.ranks - 1)
     case.check(host)
-    kernels = [launch.plan.kernel for launch in host.backend.launches]
-    assert kernels == ["moments", "normalize", "gradient_sums", "input_gradient"]
+    choices = forward_choices(case.problem, host.backend.device, Memory())
+    left = next(choice for choice in choices if choice.team in ("block", None))
+    launched = [launch.plan for launch in host.backend.launches]
+    assert launched[: len(left.plans)] == list(left.plans)
+    assert not any(plan.cooperative or plan.cluster > 1 for plan in launched)
+
+
+@pytest.mark.parametrize("regime", ["grid, planes", "cluster, planes"])
+def test_a_plane_may_have_more_windows_than_a_thread_counts(regime):
+    """2^30 windows of a plane are too many to execute, so the limit is brought down to what a tile needs at least."""
+    far = "FAR = (1 << 30) + 2 * BLOCK"
+    assert far in translation_unit("forward.cu")
+    host, case = machine_on(REGIMES[regime][0]), Case((2, 2, 8192))
+    case.check(host)
+    plan = launches(host)[0].plan
+    limit = plan.tiles.part + 2 * plan.block
+    assert limit < plan.tiles.windows
+    host.backend.replace = ((far, f"FAR = {limit}"),)
+    case.check(host)
+    host.backend.replace = ((far, f"FAR = {plan.tiles.part // 2}"),)
+    with pytest.raises((AssertionError, Fault)):
+        case.check(host_machine.KernelMachine("host", host.backend))
+
+
+def test_two_kernels_are_taken_where_no_team_is_better(monkeypatch):
+    host, case = case_of("block, planes")
+    apart = [choice for choice in forward_choices(case.problem, host.backend.device, Memory()) if not choice.team]
+    assert host._in_one(tuple(apart)) is None
 
 
 def test_a_barrier_serves_launch_after_launch_without_a_reset():

@@ -29,7 +29,7 @@ import numpy as np
 from cubn.errors import DeviceError, KernelError
 from cubn.machines.cuda.backend import WORKSPACE, Launch, Number, Operand, Part
 from cubn.machines.cuda.machine import KernelMachine, typed_arguments
-from cubn.machines.cuda.plan import VECTOR_BYTES, X_TYPES, DeviceLimits, LaunchPlan
+from cubn.machines.cuda.plan import VECTOR_BYTES, X_TYPES, DeviceLimits, LaunchPlan, largest_cluster
 from cubn.machines.cuda.source import translation_unit
 from cubn.namespace import Array
 from cubn.problem import Problem
@@ -476,7 +476,7 @@ def limits_of(device: int) -> DeviceLimits:
         shared_per_processor=attribute("MaxSharedMemoryPerMultiprocessor"),
         registers=attribute("MaxRegistersPerMultiprocessor"),
         threads_per_processor=attribute("MaxThreadsPerMultiProcessor"),
-        largest_cluster=LARGEST_PORTABLE_CLUSTER if clusters else 1,
+        largest_cluster=largest_cluster(arch) if clusters else 1,
         cooperative=bool(attribute("CooperativeLaunch")),
         cache_bytes=attribute("L2CacheSize"),
         bandwidth=bytes_per_s / 1e9 or UNKNOWN_BANDWIDTH,

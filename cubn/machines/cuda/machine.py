@@ -31,11 +31,12 @@ from cubn.machines.cuda.plan import (
     MERGING,
     PACKED,
     VECTOR_BYTES,
+    Choice,
     LaunchPlan,
     Memory,
-    backward_plans,
+    backward_choices,
     fewer_teams,
-    forward_plans,
+    forward_choices,
     gradient_sums_plan,
     input_gradient_plan,
     moments_plan,
@@ -306,7 +307,7 @@ class KernelMachine:
 
         def make() -> ForwardPass | None:
             limits = self.backend.limits()
-            plan = self._in_one(forward_plans(problem, limits, tensors.memory, **options))
+            plan = self._in_one(forward_choices(problem, limits, tensors.memory, **options))
             plans: tuple[LaunchPlan, ...]
             if plan is not None:
                 plans = (plan,)
@@ -424,7 +425,7 @@ class KernelMachine:
 
         def make() -> BackwardPass:
             limits = self.backend.limits()
-            plan = self._in_one(backward_plans(problem, limits, tensors.memory, **options))
+            plan = self._in_one(backward_choices(problem, limits, tensors.memory, **options))
             plans: tuple[LaunchPlan, ...]
             if plan is not None:
                 plans = (plan,)
@@ -481,11 +482,18 @@ class KernelMachine:
         key = ("inference", self.backend.current_device(), problem, tensors.places, tuple(given.values()), memory)
         return cast(InferencePass, self._pass(key, make))
 
-    def _in_one(self, plans: tuple[LaunchPlan, ...]) -> LaunchPlan | None:
-        """The plan of a fused kernel, with as many teams as the device holds; None for two kernels."""
-        plan = plans[0]
-        if not plan.fused:
-            return None
+    def _in_one(self, choices: tuple[Choice, ...]) -> LaunchPlan | None:
+        """The plan of the best fused kernel that the device has room for; None where two kernels are better."""
+        for choice in choices:
+            if choice.team is None:
+                return None
+            plan = self._with_room(choice.plans[0])
+            if plan is not None:
+                return plan
+        return None
+
+    def _with_room(self, plan: LaunchPlan) -> LaunchPlan | None:
+        """The plan with as many teams as the device holds at once, where they wait for one another."""
         if plan.cooperative:
             blocks = self.backend.resident(plan)
             return plan if blocks >= plan.grid else fewer_teams(plan, blocks)

@@ -156,6 +156,11 @@ class DeviceLimits:
         return f"{self.name} (sm_{self.arch}, {self.processors} processors)"
 
 
+def largest_cluster(arch: int) -> int:
+    """Blocks of a cluster: 8 on every device that has them, 16 on those of data centres, which have to be asked."""
+    return 1 if arch < 90 else 16 if arch < 110 else 8
+
+
 _KB, _MB = 1 << 10, 1 << 20
 
 
@@ -171,7 +176,7 @@ def _device(
         shared_most=most * _KB,
         shared_per_processor=shared * _KB,
         threads_per_processor=threads,
-        largest_cluster=8 if arch >= 90 else 1,
+        largest_cluster=largest_cluster(arch),
         cooperative=True,
         cache_bytes=int(cache * _MB),
         bandwidth=bandwidth,
