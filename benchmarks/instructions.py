@@ -126,7 +126,7 @@ def main() -> None:
                 cost = cost_of(kernel, dtype, layout, device)
                 fewest, most = cost.instructions
                 rows.append({"kernel": kernel, "dtype": dtype, "map": layout, "instructions": fewest, "at_most": most,
-                             "budget": round(cost.budget, 1), "phases": cost.phases})  # fmt: skip
+                             "budget": round(cost.budget, 2), "phases": cost.phases})  # fmt: skip
                 parts = ", ".join(f"{name} {count:.0f}" for name, (count, _) in cost.phases.items())
                 print(
                     f"{kernel:15} {dtype:9} {layout:8} {fewest:12.0f} {most:8.0f} {cost.budget:7.0f}  {parts}",

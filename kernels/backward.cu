@@ -14,8 +14,9 @@
 //   Traffic    one read of dy and of x for what is held, two for what is streamed; of where and of active likewise;
 //              one write of dx, of dresidual when SPLIT.  Partial results of a GRID_TEAM go through global memory
 //   In flight  as in forward.cu, two tensors at a time
-//   Rounding   a thread sums in ACC_T, at most 32 terms at a time, then in double; threads, blocks and their teams
-//              are added in double, in the order of their indices; dx as in input_gradient.cu; dresidual is exact
+//   Rounding   as in gradient_sums.cu and input_gradient.cu; the sums of blocks and their teams are added in double, in
+//              the order of their indices; dresidual is exact
+//   Range      as in gradient_sums.cu
 //   Aliasing   dx may be dy: each element is written by the thread that reads it, after it has read it last
 //   Constants  X_TYPE, and those of tiles.cuh, marks.cuh, held.cuh and team.cuh;  TRAIN as in pull.cuh;  RELU (0/1);
 //              SPLIT (0/1): write dz too, which is the gradient of the residual

@@ -10,8 +10,9 @@
 //   Launch     gradient_sums_plan: 1-D grid of any size, each block takes whole tiles
 //   Traffic    one read of dy and of x, of where when WHERE, of active when KEPT; partials only where a channel is
 //              spread over several tiles
-//   Rounding   a thread sums in ACC_T, at most 32 terms at a time, then in double; threads and blocks are added in
-//              double, in the order of their indices
+//   Rounding   a thread sums dz and dz * (x - mean) in ACC_T, at most 32 terms at a time, then in double; threads and
+//              blocks are added in double, in the order of their indices
+//   Range      float: dz * (x - mean) must stay in float's range
 //   Constants  X_TYPE, and those of tiles.cuh;  WHERE (0/1): leave out elements whose byte is 0;  RELU (0/1);
 //              KEPT (0, 1, 2): read from active where ReLU let z pass, rather than compute it again from x; marks.cuh
 
