@@ -2,6 +2,7 @@
 #
 #   make demo    train on real handwritten digits, with and without batch normalisation
 #   make test    the test suite
+#   make test-cupy  the real CuPy over a stand-in for the driver, without a GPU; CUPY=13.6 takes another version
 #   make lint    formatting, lint, types
 #   make book    build the book into book/_build/html
 #   make lab     open the book's chapters as notebooks
@@ -13,15 +14,20 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+CUPY   ?= 14.2
 SETUP  := $(VENV)/.setup
 
-.PHONY: demo test lint book check-book lab mutants bench clean
+.PHONY: demo test test-cupy lint book check-book lab mutants bench clean
 
 demo: $(SETUP)/demo
 	$(BIN)/python -m cubn demo
 
 test: $(SETUP)/test
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+test-cupy: $(SETUP)/cupy-$(CUPY)
+	PYTHONPATH=tests $(VENV)/cupy-$(CUPY)/bin/python -m pytest -p driver.plugin -n logical --dist worksteal \
+	    tests/test_driver.py tests/test_gpu.py
 
 lint: $(SETUP)/dev
 	$(BIN)/ruff format --check .
@@ -51,6 +57,14 @@ $(BIN)/python:
 # One mark per extra, older than pyproject.toml when it has to be installed again.
 $(SETUP)/%: pyproject.toml book/constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]' --constraint book/constraints.txt
+	@mkdir -p $(SETUP)
+	@touch $@
+
+# In an environment of its own: with CuPy in .venv, all that asks whether there is a GPU would ask CuPy.
+$(SETUP)/cupy-%: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/cupy-$*
+	$(VENV)/cupy-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda13]' \
+	    'cupy-cuda13x==$*.*' ml_dtypes pytest pytest-xdist hypothesis
 	@mkdir -p $(SETUP)
 	@touch $@
 

@@ -1,10 +1,12 @@
 """What a call of the CUDA machine costs the host: Python's time, microseconds per call.
 
-    python benchmarks/host_path.py [--profile forward]
+    python benchmarks/host_path.py [--stand-in] [--profile forward]
 
 Without a GPU the machine runs over NumPy memory and a backend whose launches do nothing: what is measured is all of
 cubn's own Python, and NumPy's allocations instead of CuPy's.  With a GPU the same calls are measured on CuPy arrays so
-small that the device keeps up, launches and CuPy's allocations included.  The two do not compare with one another.
+small that the device keeps up, launches and CuPy's allocations included.  --stand-in measures CuPy without a GPU: its
+arrays, memory pool and launches, which a stand-in for the driver takes and does nothing with (tests/driver; `make
+test-cupy` sets up the environment .venv/cupy-14.2).  The three do not compare with one another.
 """
 
 import argparse
@@ -124,13 +126,19 @@ def microseconds(call: Callable[[], Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", metavar="CALL", help="show where the time of one call goes, such as 'forward'")
+    parser.add_argument("--stand-in", action="store_true", help="measure CuPy without a GPU")
     parser.add_argument("--record", type=Path, help="where a record is written")
     options = parser.parse_args()
+    if options.stand_in:
+        sys.path.insert(0, str(HERE.parent / "tests"))
+        import driver.under_cupy  # noqa: F401  before CuPy
     reason = why_no_cuda()
     if reason is None:
         import cupy as xp
 
         machine, device = "cuda", xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        if options.stand_in:
+            device = "none: a stand-in for the driver takes the launches"
     else:
         xp = np
         machine, device = "idle", "none: launches do nothing"

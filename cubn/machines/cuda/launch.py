@@ -9,8 +9,8 @@ Where float32 x (16-bit x too: it is computed in float32) can be summed: squares
 must stay in float32's range, so distances between 1e-18 and 1e18.  Numbers below 1.2e-38 count as zero, but in
 a constant channel.  float64 x has the range of float64.
 
-In the tests the kernels are executed on the CPU, thread for thread, and this file runs on a stand-in for CuPy; neither
-has yet run on a GPU.
+In the tests the kernels are executed on the CPU, thread for thread, and this file runs on the real CuPy over a stand-in
+for the driver (`make test-cupy`); neither has yet run on a GPU.
 """
 
 import ctypes

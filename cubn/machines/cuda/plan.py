@@ -702,7 +702,8 @@ def _constants(
         options = {**options, "KEPT": PACKED if whole else BYTES}
     # What is known of each window needs registers as the windows do, and so does a second tensor of them.
     second = kernel == "backward" or (kernel == "forward" and options["ADD"])
-    halved = bool(options["WHERE"] or tiles.ragged) + bool(second)
+    lone = kernel == "backward" and problem.dtype == "float64" and tiles.vector == 1  # one of these would spill
+    halved = bool(options["WHERE"] or tiles.ragged) + bool(second) + lone
     return {
         "X_TYPE": X_TYPES[problem.dtype],
         "BLOCK": block,
