@@ -62,6 +62,8 @@ class IdleBackend:
     def block(self, size: int) -> np.ndarray:
         return np.empty(size, np.uint8)
 
+    scratch = block
+
     def view(self, block: np.ndarray, part: Part) -> np.ndarray:
         return np.ndarray(part.shape, part.dtype, block, part.offset)
 

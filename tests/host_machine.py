@@ -78,6 +78,8 @@ class HostBackend:
     def block(self, size: int) -> np.ndarray:
         return self.empty((size,), np.uint8)
 
+    scratch = block
+
     def view(self, block: np.ndarray, part: Part) -> np.ndarray:
         return np.ndarray(part.shape, part.dtype, block, part.offset)
 

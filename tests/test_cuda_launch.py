@@ -306,6 +306,24 @@ def test_copies_made_during_a_capture_are_kept_for_its_graph(launch, cupy):
     assert [kept is copy for kept in backend._captured] == [True]
 
 
+def test_memory_that_no_caller_is_given_is_kept_for_a_captured_graph(launch, cupy, x):
+    """Inference widens the statistics into it; backward leaves its sums there where nobody asks for them."""
+    forward = launch.prepare_forward(PROBLEM, x, None, None, None, None, None, MEMORY)
+    _, left = forward(x, None, None)
+    backward = launch.prepare_backward(PROBLEM, x, x, None, None, left, False, None, MEMORY)
+    mean, var = (device_array(np.ones(PROBLEM.channels, np.float32)).view(Array) for _ in range(2))
+    inference = launch.prepare_inference(PROBLEM, x, mean, var, None, None, None, None, MEMORY)
+    calls = (lambda: backward(x, x, None, None, left), lambda: inference(x, mean, var, None, None))
+    captured = launch.MACHINE.backend._captured
+    for number, call in enumerate(calls):
+        call()
+        assert len(captured) == number
+        cupy.stream.capturing = True
+        call()
+        assert len(captured) == number + 1
+        cupy.stream.capturing = False
+
+
 def test_a_kernel_that_does_not_compile_says_what_to_install(launch, x, monkeypatch):
     monkeypatch.setattr(launch, "translation_unit", lambda file: "this is no CUDA")
     with pytest.raises(cubn.KernelError, match=r"(?s)moments<<<.*did not compile on Stand-in.*cubn\[cuda12\]"):

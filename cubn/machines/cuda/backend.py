@@ -62,6 +62,9 @@ class Backend(Protocol):
     def block(self, size: int) -> Block:
         """So many bytes of uninitialised memory, aligned to a vector."""
 
+    def scratch(self, size: int) -> Block:
+        """A block that no caller is given, and that a captured graph may write to at every replay."""
+
     def view(self, block: Block, part: Part) -> Array:
         """The array of that place, shape and dtype in a block, which it keeps alive."""
 

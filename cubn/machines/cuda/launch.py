@@ -202,7 +202,7 @@ class CupyBackend:
         self._residents: dict[tuple[int, int], tuple[LaunchPlan, int]] = {}  # likewise
         self._workspaces: dict[tuple[int, int, int], Workspace] = {}
         self._outgrown: list[Workspace] = []  # a captured graph may still use them,
-        self._captured: list[Array] = []  # as it does these copies, at every replay
+        self._captured: list[Any] = []  # as it does these copies and blocks, at every replay
         self.thread = Thread()
 
     def on_device_of(self, array: Array) -> AbstractContextManager[Any]:
@@ -227,6 +227,13 @@ class CupyBackend:
             return cupy.cuda.alloc(size)
         except cupy.cuda.memory.OutOfMemoryError as error:
             raise self._too_large(f"a block of {size} bytes for values per channel", error) from error
+
+    def scratch(self, size: int) -> Any:
+        """A block, kept for ever if the current stream is being captured."""
+        block = self.block(size)
+        if cupy.cuda.get_current_stream().is_capturing():
+            self._captured.append(block)
+        return block
 
     def _too_large(self, what: str, error: Exception) -> KernelError:
         return KernelError(

@@ -207,6 +207,7 @@ class BackwardPass(Pass):
         sum_dy, sum_dy_xhat = rows.add(narrow), rows.add(narrow)
         self._dgamma = sum_dy_xhat if gamma or not kept else None
         self._dbeta = sum_dy if beta or not kept else None
+        self._block = backend.block if self._dgamma or self._dbeta else backend.scratch
         self._residual = residual
         statistics = Statistics.of(place["statistics"], problem.channels)
         arguments = {
@@ -247,7 +248,7 @@ class BackwardPass(Pass):
         dx = self._result() if out is None else out
         if self._residual and dresidual is None:
             dresidual = self._result()
-        sums = backend.block(self._bytes)
+        sums = self._block(self._bytes)
         statistics, active = left
         operands = (dy, x, where, active, mean, rstd, statistics, gamma, beta, counts, dx, dresidual, sums)
         for launch in self._launches:
@@ -309,7 +310,7 @@ class InferencePass(Pass):
             with backend.on_device_of(x):
                 return self(x, mean, var, gamma, beta, residual, out)
         y = self._result() if out is None else out
-        block = backend.block(self._bytes)
+        block = backend.scratch(self._bytes)
         self._widen(mean, var, block)
         for launch in self._launches:
             launch((x, gamma, beta, residual, y, block))
