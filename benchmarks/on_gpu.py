@@ -239,7 +239,7 @@ def rehearse(chosen: list[Section], options: argparse.Namespace) -> None:
 def planned(job: Job, device: str) -> list[str]:
     """The job, and the launch plans of its passes on the device of a dry run."""
     from cubn.layout import arrange
-    from cubn.machines.cuda.plan import DEVICES, Memory, backward_plans, forward_plans
+    from cubn.machines.cuda.plan import DEVICES, Memory, backward_choices, forward_choices
     from cubn.problem import Problem
 
     order = (0, *range(2, len(job.shape)), 1) if job.channels_last else tuple(range(len(job.shape)))
@@ -249,7 +249,7 @@ def planned(job: Job, device: str) -> list[str]:
     layout = arrange(job.shape, tuple(strides), (1,))
     problem = Problem(layout.outer, layout.channels, layout.inner, job.dtype, 1e-5, None)
     limits = DEVICES[device]
-    plans = (*forward_plans(problem, limits, Memory()), *backward_plans(problem, limits, Memory()))
+    plans = [plan for ways in (forward_choices, backward_choices) for plan in ways(problem, limits, Memory())[0].plans]
     return [str(job), *(f"    {plan}" for plan in plans)]
 
 

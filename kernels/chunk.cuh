@@ -22,6 +22,14 @@ struct Chunk {
     unsigned open[N];         // which of them ReLU lets pass, where that is known from `active`
 };
 
+// Brings what all lanes have summed in ACC_T, Samples or Terms, to double.
+template <class Lane>
+__device__ void settle(Lane (&lanes)[LANES])
+{
+#pragma unroll
+    for (int l = 0; l < LANES; ++l) lanes[l].settle();
+}
+
 // For windows of which all exist.
 constexpr auto always = [](int) { return true; };
 

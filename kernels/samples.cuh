@@ -33,12 +33,6 @@ struct Samples {
     }
 };
 
-__device__ inline void settle(Samples (&lanes)[LANES])
-{
-#pragma unroll
-    for (int l = 0; l < LANES; ++l) lanes[l].settle();
-}
-
 // Gives every lane that has no sample yet the mean of some that the first `count` windows have for it as its pivot.
 // Where all elements exist a call before the first add() is enough, and 16 of a lane are.
 template <int N>

@@ -46,12 +46,6 @@ struct Terms {
     }
 };
 
-__device__ inline void settle(Terms (&lanes)[LANES])
-{
-#pragma unroll
-    for (int l = 0; l < LANES; ++l) lanes[l].settle();
-}
-
 // What a thread needs of each of its channels before the sums are known.
 struct Maps {
     ACC_T mean[LANES];

@@ -218,7 +218,6 @@ REDUNDANT = {
     },
     "samples.cuh": {
         "< -> <= in: return {count, widen(pivot) - origin + shift, m2 < 0 ? 0 : m2};  // NaN stays": "0 is 0",
-        "< -> <= in: for (int l = 0; l < LANES; ++l) lanes[l].settle();": BESIDE,
         "< -> <= in: for (int l = 0; l < LANES; ++l) {": BESIDE,
         "< -> <= in: for (int u = 0; u < N; ++u) {": NO_WINDOW,
         "< -> <= in: for (int l = 0; l < LANES; ++l) without |= lanes[l].count == 0;": BESIDE,
@@ -227,7 +226,6 @@ REDUNDANT = {
         "negate (first + N) % AT_A_TIME == 0 in: if ((first + N) % AT_A_TIME == 0) settle(lanes);": NO_LONGER,
     },
     "sums.cuh": {
-        "< -> <= in: for (int l = 0; l < LANES; ++l) lanes[l].settle();": BESIDE,
         "< -> <= in: for (int l = 0; l < LANES; ++l) {": BESIDE,
         "> -> >= in: const index_t c = steps > 0 ? channel.next(tiles) : 0;": NO_USE,
         "< -> <= in: for (int u = 0; (RELU || WHERE) && u < N; ++u) {": NO_WINDOW,
@@ -241,7 +239,10 @@ REDUNDANT = {
         "< -> <= in: for (int u = 0; u < N; ++u)": BESIDE,
         '< -> <= in: for (int i = 0; i < VEC / 2; ++i) asm volatile("" : "+r"(vectors[u].word[i]));': BESIDE,
     },
-    "chunk.cuh": {"> -> >= in: for (; UNROLL > 1 && first < count; ++first) {": "nothing is left of single ones"},
+    "chunk.cuh": {
+        "< -> <= in: for (int l = 0; l < LANES; ++l) lanes[l].settle();": BESIDE,
+        "> -> >= in: for (; UNROLL > 1 && first < count; ++first) {": "nothing is left of single ones",
+    },
     "affine.cuh": {
         "< -> <= in: return sizeof(ACC_T) == 4 && fabs(mean) < 0x1p-126 ? 0 : mean - ACC_T(mean);":
         "2^-126 is a float, so that nothing is lost",

@@ -23,7 +23,6 @@ from cubn.machines.cuda.plan import (
     blocks_at_once,
     fewer_teams,
     forward_choices,
-    forward_plans,
     input_gradient_plan,
     moments_plan,
     normalize_plan,
@@ -243,7 +242,10 @@ def test_options_become_constants_and_eps_does_not():
     plan = input_gradient_plan(one, limits, Memory(), train=False, where=True, active=PACKED, residual=True)
     assert dict(plan.constants).items() >= {"TRAIN": 0, "WHERE": 1, "RELU": 1, "KEPT": 2, "SPLIT": 1}.items()
     assert set(MERGING) == {"moments", "gradient_sums", *TENSORS}
-    assert forward_plans(one, limits, Memory())[0].constants == forward_plans(other, limits, Memory())[0].constants
+    assert (
+        forward_choices(one, limits, Memory())[0].plans[0].constants
+        == forward_choices(other, limits, Memory())[0].plans[0].constants
+    )
 
 
 # The choice among teams

@@ -441,35 +441,6 @@ class Choice:
     cost: float
 
 
-def forward_plans(
-    problem: Problem,
-    limits: DeviceLimits,
-    memory: Memory,
-    *,
-    residual: bool = False,
-    where: bool = False,
-    keep: bool = True,
-) -> tuple[LaunchPlan, ...]:
-    """The launches of a training forward pass, in order."""
-    return forward_choices(problem, limits, memory, residual=residual, where=where, keep=keep)[0].plans
-
-
-def backward_plans(
-    problem: Problem,
-    limits: DeviceLimits,
-    memory: Memory,
-    *,
-    train: bool = True,
-    where: bool = False,
-    active: int = 0,
-    residual: bool = False,
-) -> tuple[LaunchPlan, ...]:
-    """The launches of a training backward pass, in order."""
-    return backward_choices(
-        problem, limits, memory, train=train, where=where, active=active, residual=residual
-    )[0].plans  # fmt: skip
-
-
 @lru_cache(maxsize=4096)
 def forward_choices(
     problem: Problem,
